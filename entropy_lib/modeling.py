@@ -1,0 +1,439 @@
+"""GPT-2 with the paper's surgery: normalisation and activation removed, FFN scaled and fused, softmax tempered.
+
+A variant is what `EntropyGPT2Config` says in plain fields, so that a saved model rebuilds itself. Everything not
+mentioned here is transformers' own GPT-2: cache, generation, checkpointing, compilation, Trainer.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, eager_attention_forward
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from entropy_lib.attention import entropy_attention
+from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
+
+
+class EntropyGPT2Config(GPT2Config):
+    """GPT-2's configuration plus the fields of `Variant`, and where its parameters start.
+
+    Args (beside GPT-2's; dropout is 0 by default, since attention after dropout has no entropy):
+        variant: the paper's name, a label; the fields below are what counts.
+        layer_norm, fused_ffn, weight_normalization, norm_placement, ffn_scaling, learnable_temperature,
+            entropy_regularization: see `Variant`. `activation_function` "linear" removes the activation.
+        temperature_init: t of every head and position at the start (1e-2 for CodeParrot, 1e-1 for Languini).
+        threshold_init: θ of every head at the start.
+        folded: set by `fold_for_inference`; α is gone and the temperature is a constant.
+    """
+
+    model_type = "entropy_gpt2"
+
+    variant: str = "SM+LN+G"
+    layer_norm: bool = True
+    fused_ffn: bool = False
+    weight_normalization: str | None = None
+    norm_placement: str | None = None
+    ffn_scaling: bool = False
+    learnable_temperature: bool = False
+    entropy_regularization: bool = False
+    temperature_init: float = 1e-2
+    threshold_init: float = 0.5
+    folded: bool = False
+    resid_pdrop: float | int = 0.0
+    embd_pdrop: float | int = 0.0
+    attn_pdrop: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.attn_pdrop:
+            raise ValueError(f"attn_pdrop must be 0: attention after dropout has no entropy; got {self.attn_pdrop}")
+        if self.weight_normalization not in (None, "weight", "spectral"):
+            raise ValueError(
+                f"weight_normalization must be None, 'weight' or 'spectral', got {self.weight_normalization!r}"
+            )
+        if self.weight_normalization and self.norm_placement not in NORM_PLACEMENTS:
+            raise ValueError(f"norm_placement must be one of {NORM_PLACEMENTS}, got {self.norm_placement!r}")
+        if self.weight_normalization and self.fused_ffn:
+            raise ValueError(
+                "weight and spectral normalisation are defined for the two FFN matrices, not the fused one"
+            )
+        if not self.temperature_init > 0:
+            raise ValueError(f"temperature_init must be positive, got {self.temperature_init}")
+        if self.add_cross_attention:
+            raise ValueError("the paper's variants are decoder-only; add_cross_attention must be False")
+
+
+class WeightNorm(nn.Module):
+    """W = g · V/‖V‖₂ for some output columns of a [d_in, d_out] weight, one g a column (SM+WNorm)."""
+
+    def __init__(self, weight: Tensor, columns: slice):
+        super().__init__()
+        self.columns = columns
+        self.gain = nn.Parameter(weight[:, columns].detach().norm(dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _replace_columns(
+            weight, self.columns, self.gain * nn.functional.normalize(weight[:, self.columns], dim=0)
+        )
+
+
+class SpectralNorm(nn.Module):
+    """W/σ(W), σ the largest singular value, for some output columns of a [d_in, d_out] weight (SM+SNorm).
+
+    σ = uᵀWv with u, v kept between steps and improved by one power iteration in each training forward pass.
+    """
+
+    def __init__(self, weight: Tensor, columns: slice):
+        super().__init__()
+        self.columns = columns
+        block = weight[:, columns].detach()
+        self.register_buffer("left", nn.functional.normalize(torch.randn_like(block[:, 0]), dim=0))
+        self.register_buffer("right", nn.functional.normalize(torch.randn_like(block[0]), dim=0))
+        self._power_iteration(block, steps=15)
+
+    @torch.no_grad()
+    def _power_iteration(self, block: Tensor, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.right.copy_(nn.functional.normalize(block.T @ self.left, dim=0))
+            self.left.copy_(nn.functional.normalize(block @ self.right, dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        block = weight[:, self.columns]
+        if self.training:
+            self._power_iteration(block.detach())
+        # clones, since the next step overwrites the buffers that this step's backward reads
+        sigma = self.left.clone() @ (block @ self.right.clone())
+        return _replace_columns(weight, self.columns, block / sigma)
+
+
+def _replace_columns(weight: Tensor, columns: slice, block: Tensor) -> Tensor:
+    if block.shape == weight.shape:
+        return block
+    return torch.cat([weight[:, : columns.start], block, weight[:, columns.stop :]], dim=1)
+
+
+def _normalize_weights(block: EntropyGPT2Block, config: EntropyGPT2Config) -> None:
+    """Reparametrise the matrices that `norm_placement` names; query, key and value are columns of `c_attn`."""
+    norm = {"weight": WeightNorm, "spectral": SpectralNorm}[config.weight_normalization]
+    width = config.hidden_size
+    targets = []
+    for letter in config.norm_placement.removesuffix("FFN").removesuffix("+"):
+        if letter == "O":
+            targets.append((block.attn.c_proj, slice(0, width)))
+        else:
+            start = "QKV".index(letter) * width
+            targets.append((block.attn.c_attn, slice(start, start + width)))
+    if config.norm_placement.endswith("FFN"):
+        targets += [(layer, slice(0, layer.weight.shape[1])) for layer in (block.mlp.c_fc, block.mlp.c_proj)]
+    for layer, columns in targets:
+        parametrize.register_parametrization(layer, "weight", norm(layer.weight, columns))
+
+
+class FusedFFN(nn.Module):
+    """FFN(X) = X·W + b with W in R^{d×d}: the d→4d→d pair without a nonlinearity in between, as one matrix."""
+
+    def __init__(self, config: EntropyGPT2Config):
+        super().__init__()
+        self.c_proj = Conv1D(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(hidden_states))
+
+
+class EntropyGPT2Attention(GPT2Attention):
+    """A(t) = softmax(QKᵀ/(t·√d_k) + M), row i of head h using t[h, i] (Appendix A); t = 1 without SM(t).
+
+    t is stored as log t, so that it stays positive, and looked up by position id, so that it is right under a
+    key-value cache and with left padding. θ is `reg_threshold_weights`, [H], the published code's name for it.
+    """
+
+    def __init__(self, config: EntropyGPT2Config, layer_idx: int):
+        super().__init__(config, layer_idx=layer_idx)
+        shape = (config.n_head, config.n_positions)
+        if config.learnable_temperature and config.folded:
+            self.register_buffer("query_scale", torch.full(shape, 1 / config.temperature_init))
+        elif config.learnable_temperature:
+            self.log_temperature = nn.Parameter(torch.full(shape, math.log(config.temperature_init)))
+        if config.entropy_regularization and not config.folded:
+            self.reg_threshold_weights = nn.Parameter(torch.full((config.n_head,), config.threshold_init))
+
+    def _temper(self, query: Tensor, position_ids: Tensor | None) -> Tensor:
+        """Q/t: dividing the queries is dividing their row of logits, whatever computes the attention."""
+        if position_ids is None:
+            raise ValueError("a learnable temperature is looked up by position: pass position_ids")
+        scale = self.query_scale if self.config.folded else torch.exp(-self.log_temperature)  # [H, n_positions]
+        scale = scale[:, position_ids].transpose(0, 1)[..., None]  # [1 or B, H, T, 1]
+        return (query * scale).to(query.dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        output_entropies: bool = False,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[B, T, d] -> output [B, T, d], attention weights (eager only), entropy [B, H, T] in nats if asked for."""
+        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        query, key, value = (
+            x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).split(self.split_size, 2)
+        )
+        if self.config.learnable_temperature:
+            query = self._temper(query, kwargs.get("position_ids"))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        entropy = attention_weights = None
+        implementation = self.config._attn_implementation
+        if output_entropies:
+            output, entropy = self._attention_with_entropy(query, key, value, attention_mask, implementation)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            output, attention_weights = attend(
+                self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+            )
+        output = self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
+        return self.resid_dropout(output), attention_weights, entropy
+
+    def _attention_with_entropy(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, implementation: str
+    ) -> tuple[Tensor, Tensor]:
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"output_entropies needs attn_implementation 'sdpa' or 'eager', whose masks it can read; got "
+                f"{implementation!r}. Call model.set_attn_implementation('sdpa')."
+            )
+        query_len = query.shape[2]
+        if attention_mask is None and key.shape[2] > query_len > 1:  # prefill of a static cache: the rest is empty
+            key, value = key[:, :, :query_len], value[:, :, :query_len]
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
+            attention_mask = attention_mask == 0  # eager's additive mask
+        output, entropy = entropy_attention(
+            query, key, value, scale=self.scaling, causal=attention_mask is None, mask=attention_mask
+        )
+        return output.transpose(1, 2), entropy
+
+
+class EntropyGPT2Block(GPT2Block):
+    """One layer (Table 1), LN and the activation σ inside FFN present or not as the variant says:
+
+    X_SA  = X + MHA(LN(X))
+    X_out = X_SA + FFN(LN(X_SA)),                FFN(X) = σ(X·W_in)·W_out
+    X_out = β·X_SA + (1/α)·FFN(X_SA)             with scaling (Eq. 8), one α and β a layer
+    """
+
+    def __init__(self, config: EntropyGPT2Config, layer_idx: int):
+        super().__init__(config, layer_idx=layer_idx)
+        self.attn = EntropyGPT2Attention(config, layer_idx=layer_idx)
+        if not config.layer_norm:
+            self.ln_1, self.ln_2 = nn.Identity(), nn.Identity()
+        if config.fused_ffn:
+            self.mlp = FusedFFN(config)
+        if config.ffn_scaling:
+            self.beta = nn.Parameter(torch.ones(()))
+            if not config.folded:
+                self.alpha = nn.Parameter(torch.ones(()))
+        self.scaled = config.ffn_scaling
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        **kwargs,
+    ) -> Tensor:
+        attention_output = self.attn(
+            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )[0]
+        hidden_states = hidden_states + attention_output
+        ffn_output = self.mlp(self.ln_2(hidden_states))
+        if not self.scaled:
+            return hidden_states + ffn_output
+        if not self.attn.config.folded:
+            ffn_output = ffn_output / self.alpha
+        return self.beta * hidden_states + ffn_output
+
+
+class EntropyGPT2Model(GPT2Model):
+    """GPT-2's body with `EntropyGPT2Block`s; without LayerNorm the final one is gone as well."""
+
+    config: EntropyGPT2Config
+    _no_split_modules = ["EntropyGPT2Block"]
+    _can_record_outputs = {
+        **GPT2Model._can_record_outputs,
+        "hidden_states": EntropyGPT2Block,
+        "entropies": OutputRecorder(EntropyGPT2Attention, index=2),
+    }
+
+    def __init__(self, config: EntropyGPT2Config):
+        super().__init__(config)
+        self.h = nn.ModuleList([EntropyGPT2Block(config, layer_idx=i) for i in range(config.n_layer)])
+        if not config.layer_norm:
+            self.ln_f = nn.Identity()
+        self.post_init()
+        if config.weight_normalization and not config.folded:
+            for block in self.h:  # after the initialisation, which writes plain weights
+                _normalize_weights(block, config)
+
+
+@dataclass
+class EntropyCausalLMOutput(CausalLMOutputWithCrossAttentions):
+    """transformers' causal-LM output plus `entropies`: one [B, H, T] tensor a layer, nats, if asked for."""
+
+    entropies: tuple[Tensor, ...] | None = None
+
+
+class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
+    """A language model of any of the paper's variants, with its attention entropies on request.
+
+    `model(input_ids, output_entropies=True).entropies` holds one differentiable [B, H, T] tensor a layer.
+    """
+
+    config: EntropyGPT2Config
+    config_class = EntropyGPT2Config
+    _no_split_modules = ["EntropyGPT2Block"]
+
+    def __init__(self, config: EntropyGPT2Config):
+        super(GPT2LMHeadModel, self).__init__(config)
+        self.transformer = EntropyGPT2Model(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values=None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_entropies: bool | None = None,
+        **kwargs,
+    ) -> EntropyCausalLMOutput:
+        """As GPT2LMHeadModel.forward; `output_entropies=True` adds `entropies` to the output.
+
+        Raises ValueError if the input is longer than the model's positions.
+        """
+        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        if length > self.config.n_positions:
+            raise ValueError(f"input of {length} tokens exceeds the model's {self.config.n_positions} positions")
+        body = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_entropies=bool(output_entropies),
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(body.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
+        return EntropyCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=body.past_key_values,
+            hidden_states=body.hidden_states,
+            attentions=body.attentions,
+            entropies=body.get("entropies"),
+        )
+
+    def entropy_thresholds(self) -> Tensor | None:
+        """θ, [L, H], with gradients; None if the variant is not regularised."""
+        return self._stack_layers(lambda block: getattr(block.attn, "reg_threshold_weights", None))
+
+    def temperatures(self) -> Tensor | None:
+        """t, [L, H, n_positions]; None if the variant has none."""
+        logs = self._stack_layers(lambda block: getattr(block.attn, "log_temperature", None))
+        return None if logs is None else logs.exp()
+
+    def ffn_scales(self) -> tuple[Tensor, Tensor] | None:
+        """α and β, [L] each; None if the variant has none."""
+        alpha = self._stack_layers(lambda block: getattr(block, "alpha", None))
+        return None if alpha is None else (alpha, self._stack_layers(lambda block: block.beta))
+
+    def _stack_layers(self, get) -> Tensor | None:
+        values = [get(block) for block in self.transformer.h]
+        return None if values[0] is None else torch.stack(values)
+
+
+AutoConfig.register(EntropyGPT2Config.model_type, EntropyGPT2Config)
+AutoModelForCausalLM.register(EntropyGPT2Config, EntropyGPT2LMHeadModel)
+
+MODEL_SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": 4096},
+    "small": {"n_layer": 6, "n_head": 8, "n_embd": 256, "n_positions": 128, "vocab_size": 8192},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2-18l": {"n_layer": 18, "n_head": 12, "n_embd": 768},
+}
+
+
+def build_model(variant: str | Variant, size: str = "tiny", **config) -> EntropyGPT2LMHeadModel:
+    """A freshly initialised model of one of the paper's variants.
+
+    Args:
+        variant: a name in `VARIANTS`, or a `Variant`.
+        size: "tiny" (4 layers, 4 heads, d=128; seconds on a CPU), "small" (6/8/256), "gpt2" (12/12/768) or
+            "gpt2-18l" (18/12/768, Table 8).
+        **config: any field of `EntropyGPT2Config`, e.g. vocab_size, n_positions, norm_placement="QK+FFN".
+    """
+    variant = get_variant(variant)
+    if size not in MODEL_SIZES:
+        raise ValueError(f"unknown size {size!r}; choose from {', '.join(MODEL_SIZES)}")
+    if placement := config.pop("norm_placement", None):
+        variant = variant.placed(placement)
+    fields = {"bos_token_id": None, "eos_token_id": None, **variant.config_fields(), **MODEL_SIZES[size], **config}
+    return EntropyGPT2LMHeadModel(EntropyGPT2Config(**fields))
+
+
+@torch.no_grad()
+def fold_for_inference(model: EntropyGPT2LMHeadModel) -> EntropyGPT2LMHeadModel:
+    """A copy, in eval mode, with the same logits and only what inference has to compute.
+
+    Weight and spectral normalisation and 1/α become plain weights; the temperature becomes a constant scale of
+    the queries (it differs by position, so it cannot go into W_Q, but it stays linear); thresholds are dropped.
+    """
+    config = copy.deepcopy(model.config)
+    config.folded, config.weight_normalization, config.norm_placement = True, None, None
+    was_training = model.training
+    model.eval()  # spectral normalisation must not take another power iteration
+    state = {key: value for key, value in model.state_dict().items() if ".parametrizations." not in key}
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module, "weight"):
+            state[f"{name}.weight"] = module.weight
+    model.train(was_training)
+    for key in [
+        key for key in state if key.rpartition(".")[2] in ("alpha", "log_temperature", "reg_threshold_weights")
+    ]:
+        prefix, _, parameter = key.rpartition(".")
+        value = state.pop(key)
+        if parameter == "log_temperature":
+            state[f"{prefix}.query_scale"] = torch.exp(-value)
+        elif parameter == "alpha":
+            for part in ("weight", "bias"):
+                state[f"{prefix}.mlp.c_proj.{part}"] = state[f"{prefix}.mlp.c_proj.{part}"] / value
+    folded = EntropyGPT2LMHeadModel(config).to(model.device, model.dtype).eval()
+    folded.load_state_dict(state)
+    return folded

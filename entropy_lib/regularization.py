@@ -1,0 +1,200 @@
+"""Entropy regularisation (Algorithm 1): hold each head's attention entropy inside a band around a threshold."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from entropy_lib.entropy import attention_entropy, max_entropy, row_sum_error
+
+PUBLISHED_EPS = 1e-9  # inside the logarithm of the published code
+
+
+class EntropyRegularization(nn.Module):
+    """λ · penalty on head entropies that leave their tolerance band (Algorithm 1, Eq. 8 ff.).
+
+    With threshold θ (one per head, or per layer and head), ceiling E_max and margin γ:
+    δ = E - θ·E_max; penalty δ² where |δ| > γ·E_max, else 0; mean over heads, then over layers; times λ.
+    At the edge of the band the penalty jumps from 0 to (γ·E_max)²: it is not continuous there.
+
+    Args:
+        loss_coeff: λ >= 0.
+        tolerance_margin_factor: γ >= 0, the half-width of the band as a fraction of E_max.
+        context_size: T in E_max = log T. None takes the number of keys (`compute_loss`) or queries (`forward`).
+        reduction: over batch and queries, "sum" (published code; λ then scales with batch × T) or "mean".
+        per: "query" penalises every query position (published code), "head" the mean entropy of each head
+            over batch and queries (Algorithm 1: one number a head, so `reduction` makes no difference).
+        ceiling: E_max of a row, "context" (log T, the paper) or "causal" (log of the keys that row i sees,
+            log(i+1) when queries and keys are the same positions; `context_size` is not used).
+
+    Algorithm 1 and the published code differ in `per` and `reduction`; the defaults follow the code, so
+    `EntropyRegularization` replaces the authors' class with only the import changed.
+    """
+
+    def __init__(
+        self,
+        loss_coeff: float = 1e-5,
+        tolerance_margin_factor: float = 0.20,
+        context_size: int | None = None,
+        reduction: str = "sum",
+        per: str = "query",
+        ceiling: str = "context",
+    ):
+        super().__init__()
+        for name, value in (("loss_coeff", loss_coeff), ("tolerance_margin_factor", tolerance_margin_factor)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be finite and at least 0, got {value}")
+        if context_size is not None and context_size < 1:
+            raise ValueError(f"context_size must be at least 1 (or None to infer it), got {context_size}")
+        choices = {"reduction": ("sum", "mean"), "per": ("query", "head"), "ceiling": ("context", "causal")}
+        for name, value in (("reduction", reduction), ("per", per), ("ceiling", ceiling)):
+            if value not in choices[name]:
+                raise ValueError(f"{name} must be one of {choices[name]}, got {value!r}")
+        self.loss_coeff = loss_coeff
+        self.tolerance_margin_factor = tolerance_margin_factor
+        self.context_size = context_size
+        self.reduction, self.per, self.ceiling = reduction, per, ceiling
+
+    def extra_repr(self) -> str:
+        return (
+            f"loss_coeff={self.loss_coeff}, tolerance_margin_factor={self.tolerance_margin_factor}, "
+            f"context_size={self.context_size}, reduction={self.reduction!r}, per={self.per!r}, "
+            f"ceiling={self.ceiling!r}"
+        )
+
+    def forward(self, entropies: Sequence[Tensor], thresholds: Tensor) -> Tensor:
+        """Regularisation loss from per-row entropies, a scalar.
+
+        Args:
+            entropies: one [batch, heads, queries] tensor a layer, nats.
+            thresholds: θ, [layers, heads], or [heads] for all layers.
+        """
+        _check_layers(entropies, "entropies", 3, "[batch, heads, queries]")
+        key_lens = [entropy.shape[-1] for entropy in entropies]
+        log_context = [math.log(self.context_size or key_len) for key_len in key_lens]
+        return self._loss(entropies, thresholds, key_lens, log_context)
+
+    def compute_loss(
+        self, attentions: Sequence[Tensor], reg_threshold_weights: Tensor | Sequence, num_heads: int, num_layers: int
+    ) -> Tensor:
+        """Regularisation loss from attention matrices, as published: a scalar.
+
+        Args:
+            attentions: one [batch, heads, queries, keys] tensor a layer, rows summing to one.
+            reg_threshold_weights: θ as a tensor or list, [heads] for all layers, or [layers, heads].
+            num_heads, num_layers: must be those of `attentions`.
+
+        Raises ValueError for wrong shapes, an empty list, and rows that do not sum to one. Attention that has
+        been through dropout, as GPT-2 returns it in training mode by default, is let through with a warning.
+        """
+        _check_layers(attentions, "attentions", 4, "[batch, heads, queries, keys]")
+        if len(attentions) != num_layers or attentions[0].shape[1] != num_heads:
+            raise ValueError(
+                f"num_layers={num_layers} and num_heads={num_heads} do not fit {len(attentions)} attention "
+                f"matrices of {attentions[0].shape[1]} heads"
+            )
+        entropies = [self.compute_entropy(attention) for attention in attentions]
+        key_lens = [attention.shape[-1] for attention in attentions]
+        # The published code takes this logarithm in float32. Sums of deviations cancel, so its rounding shows.
+        log_context = [torch.tensor(float(self.context_size or key_len)).log().item() for key_len in key_lens]
+        return self._loss(entropies, reg_threshold_weights, key_lens, log_context)
+
+    @staticmethod
+    def compute_entropy(attention_matrix: Tensor) -> Tensor:
+        """Row entropies as published, -Σ a log(a + 1e-9) with NaN as 0: [..., queries, keys] -> [..., queries]."""
+        if _went_through_dropout(attention_matrix):
+            warnings.warn(
+                "attention rows do not sum to one and have exact zeros: this is attention after dropout, whose "
+                "-sum(a log a) is not an entropy. Set attn_pdrop=0 for the model.",
+                stacklevel=2,
+            )
+            attention = attention_matrix if attention_matrix.dtype == torch.float64 else attention_matrix.float()
+            return -torch.nansum(attention * torch.log(attention + PUBLISHED_EPS), dim=-1)
+        return attention_entropy(attention_matrix, eps=PUBLISHED_EPS)
+
+    @staticmethod
+    @torch.no_grad()
+    def log_entropy_metrics(attentions: Sequence[Tensor], step: int, logger=None) -> dict[str, float]:
+        """Mean entropy of every head, {"attn.{layer}.head.{head}.entropy": nats}, also sent to `logger`.
+
+        Args:
+            attentions: one [batch, heads, queries, keys] tensor a layer.
+            step: the training step the values belong to.
+            logger: anything with wandb's `.log(dict, step=)`, a TensorBoard `SummaryWriter`, or None.
+        """
+        _check_layers(attentions, "attentions", 4, "[batch, heads, queries, keys]")
+        heads = [EntropyRegularization.compute_entropy(a).mean(dim=(0, 2)) for a in attentions]
+        metrics = {
+            f"attn.{layer}.head.{head}.entropy": entropy
+            for layer, row in enumerate(torch.stack(heads).tolist())
+            for head, entropy in enumerate(row)
+        }
+        if hasattr(logger, "log"):
+            logger.log(metrics, step=step)
+        elif hasattr(logger, "add_scalar"):
+            for key, entropy in metrics.items():
+                logger.add_scalar(key, entropy, step)
+        elif logger is not None:
+            raise ValueError(f"logger needs .log(dict, step=) or .add_scalar(tag, value, step); got {type(logger)}")
+        return metrics
+
+    def _loss(
+        self, entropies: Sequence[Tensor], thresholds: Tensor | Sequence, key_lens: list[int], log_context: list[float]
+    ) -> Tensor:
+        thresholds = _as_thresholds(thresholds, len(entropies), entropies[0])
+        layers = zip(entropies, thresholds, key_lens, log_context, strict=True)
+        return self.loss_coeff * torch.stack([self._layer_penalty(*layer) for layer in layers]).mean()
+
+    def _layer_penalty(self, entropy: Tensor, threshold: Tensor, key_len: int, log_context: float) -> Tensor:
+        """Mean over heads of the penalty: entropy [B, H, T_q], threshold [H] -> scalar."""
+        entropy = entropy if entropy.dtype == torch.float64 else entropy.float()
+        query_len = entropy.shape[-1]
+        if self.ceiling == "causal":
+            ceiling = max_entropy(query_len, key_len, causal=True, dtype=entropy.dtype).to(entropy.device)  # [T_q]
+        else:
+            ceiling = entropy.new_full((query_len,), log_context)
+        if self.per == "head":
+            entropy, ceiling = entropy.mean(dim=(0, 2), keepdim=True), ceiling.mean(dim=-1, keepdim=True)
+        deviation = entropy - threshold[:, None] * ceiling  # [B, H, T_q]
+        outside = deviation.abs() > self.tolerance_margin_factor * ceiling
+        penalty = torch.where(outside, deviation, torch.zeros_like(deviation)).square()
+        per_head = penalty.sum(dim=(0, 2)) if self.reduction == "sum" else penalty.mean(dim=(0, 2))
+        return per_head.mean()
+
+
+def _check_layers(layers: Sequence[Tensor], name: str, dim: int, shape: str) -> None:
+    if len(layers) == 0:
+        raise ValueError(f"{name} is empty: expected one tensor {shape} a layer")
+    for index, layer in enumerate(layers):
+        if not isinstance(layer, Tensor) or layer.dim() != dim or layer.numel() == 0:
+            seen = tuple(layer.shape) if isinstance(layer, Tensor) else type(layer).__name__
+            raise ValueError(f"{name}[{index}] must be a tensor {shape}, got {seen}")
+        if layer.shape[1] != layers[0].shape[1]:
+            raise ValueError(f"{name}[{index}] has {layer.shape[1]} heads, {name}[0] has {layers[0].shape[1]}")
+
+
+def _as_thresholds(thresholds: Tensor | Sequence, num_layers: int, entropy: Tensor) -> Tensor:
+    """θ as [layers, heads] on the device of `entropy`, gradients kept."""
+    if not isinstance(thresholds, Tensor):
+        if len(thresholds) == 0:
+            raise ValueError("thresholds are empty: expected one weight a head, [heads] or [layers, heads]")
+        thresholds = torch.stack([torch.as_tensor(t, dtype=torch.get_default_dtype()) for t in thresholds])
+    num_heads = entropy.shape[1]
+    if tuple(thresholds.shape) not in ((num_heads,), (num_layers, num_heads)):
+        raise ValueError(
+            f"thresholds must have shape [{num_heads}] or [{num_layers}, {num_heads}] (heads, or layers and heads), "
+            f"got {list(thresholds.shape)}"
+        )
+    return thresholds.to(entropy.device).expand(num_layers, num_heads)
+
+
+def _went_through_dropout(attention: Tensor) -> bool:
+    """Rows that do not sum to one, beside exact zeros on the diagonal, which no mask hides but dropout does."""
+    if torch.compiler.is_compiling() or attention.shape[-1] != attention.shape[-2]:
+        return False
+    off = row_sum_error(attention) > 0.05
+    return bool(off.any() and (attention.diagonal(dim1=-2, dim2=-1) == 0).logical_and(attention.sum(-1) != 0).any())
