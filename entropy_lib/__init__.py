@@ -1,0 +1,49 @@
+"""Attention entropy: measure it, regularise it, and train the variants of "Entropy-Guided Attention for Private LLMs".
+
+The core (entropy, regularisation, attention, models) needs torch and transformers only. Names of the workshop
+(corpora, training, run records) are imported on first use.
+"""
+
+from importlib import import_module
+
+from entropy_lib.attention import entropy_attention
+from entropy_lib.entropy import attention_entropy, diagnose, entropy_bands, entropy_from_logits, max_entropy
+from entropy_lib.folding import fold_for_inference
+from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel, build_model
+from entropy_lib.regularization import EntropyRegularization
+from entropy_lib.variants import VARIANTS, Variant
+
+_WORKSHOP = {
+    "load_corpus": "entropy_lib.study.corpus",
+    "EntropyTrainer": "entropy_lib.study.training",
+    "Recipe": "entropy_lib.study.training",
+    "train_variant": "entropy_lib.study.training",
+    "RunRecord": "entropy_lib.study.runs",
+}
+
+__all__ = [
+    "VARIANTS",
+    "EntropyGPT2Config",
+    "EntropyGPT2LMHeadModel",
+    "EntropyRegularization",
+    "Variant",
+    "attention_entropy",
+    "build_model",
+    "diagnose",
+    "entropy_attention",
+    "entropy_bands",
+    "entropy_from_logits",
+    "fold_for_inference",
+    "max_entropy",
+    *_WORKSHOP,
+]
+
+
+def __getattr__(name: str):
+    if name in _WORKSHOP:
+        return getattr(import_module(_WORKSHOP[name]), name)
+    raise AttributeError(f"module 'entropy_lib' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

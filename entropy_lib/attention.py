@@ -41,7 +41,8 @@ def entropy_attention(
     if backend not in ("auto", "eager"):
         raise ValueError(f"backend must be 'auto' or 'eager', got {backend!r}")
     _check_shapes(query, key, value, temperature)
-    (batch, heads, query_len, head_dim), key_len = query.shape, key.shape[2]
+    _, heads, query_len, head_dim = query.shape
+    key_len = key.shape[2]
     groups = heads // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

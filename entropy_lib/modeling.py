@@ -6,23 +6,22 @@ mentioned here is transformers' own GPT-2: cache, generation, checkpointing, com
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, eager_attention_forward
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from entropy_lib.attention import entropy_attention
 from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
+from entropy_lib.weight_normalization import normalize_weights
 
 
 class EntropyGPT2Config(GPT2Config):
@@ -72,72 +71,6 @@ class EntropyGPT2Config(GPT2Config):
             raise ValueError(f"temperature_init must be positive, got {self.temperature_init}")
         if self.add_cross_attention:
             raise ValueError("the paper's variants are decoder-only; add_cross_attention must be False")
-
-
-class WeightNorm(nn.Module):
-    """W = g · V/‖V‖₂ for some output columns of a [d_in, d_out] weight, one g a column (SM+WNorm)."""
-
-    def __init__(self, weight: Tensor, columns: slice):
-        super().__init__()
-        self.columns = columns
-        self.gain = nn.Parameter(weight[:, columns].detach().norm(dim=0))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return _replace_columns(
-            weight, self.columns, self.gain * nn.functional.normalize(weight[:, self.columns], dim=0)
-        )
-
-
-class SpectralNorm(nn.Module):
-    """W/σ(W), σ the largest singular value, for some output columns of a [d_in, d_out] weight (SM+SNorm).
-
-    σ = uᵀWv with u, v kept between steps and improved by one power iteration in each training forward pass.
-    """
-
-    def __init__(self, weight: Tensor, columns: slice):
-        super().__init__()
-        self.columns = columns
-        block = weight[:, columns].detach()
-        self.register_buffer("left", nn.functional.normalize(torch.randn_like(block[:, 0]), dim=0))
-        self.register_buffer("right", nn.functional.normalize(torch.randn_like(block[0]), dim=0))
-        self._power_iteration(block, steps=15)
-
-    @torch.no_grad()
-    def _power_iteration(self, block: Tensor, steps: int = 1) -> None:
-        for _ in range(steps):
-            self.right.copy_(nn.functional.normalize(block.T @ self.left, dim=0))
-            self.left.copy_(nn.functional.normalize(block @ self.right, dim=0))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        block = weight[:, self.columns]
-        if self.training:
-            self._power_iteration(block.detach())
-        # clones, since the next step overwrites the buffers that this step's backward reads
-        sigma = self.left.clone() @ (block @ self.right.clone())
-        return _replace_columns(weight, self.columns, block / sigma)
-
-
-def _replace_columns(weight: Tensor, columns: slice, block: Tensor) -> Tensor:
-    if block.shape == weight.shape:
-        return block
-    return torch.cat([weight[:, : columns.start], block, weight[:, columns.stop :]], dim=1)
-
-
-def _normalize_weights(block: EntropyGPT2Block, config: EntropyGPT2Config) -> None:
-    """Reparametrise the matrices that `norm_placement` names; query, key and value are columns of `c_attn`."""
-    norm = {"weight": WeightNorm, "spectral": SpectralNorm}[config.weight_normalization]
-    width = config.hidden_size
-    targets = []
-    for letter in config.norm_placement.removesuffix("FFN").removesuffix("+"):
-        if letter == "O":
-            targets.append((block.attn.c_proj, slice(0, width)))
-        else:
-            start = "QKV".index(letter) * width
-            targets.append((block.attn.c_attn, slice(start, start + width)))
-    if config.norm_placement.endswith("FFN"):
-        targets += [(layer, slice(0, layer.weight.shape[1])) for layer in (block.mlp.c_fc, block.mlp.c_proj)]
-    for layer, columns in targets:
-        parametrize.register_parametrization(layer, "weight", norm(layer.weight, columns))
 
 
 class FusedFFN(nn.Module):
@@ -287,7 +220,7 @@ class EntropyGPT2Model(GPT2Model):
         self.post_init()
         if config.weight_normalization and not config.folded:
             for block in self.h:  # after the initialisation, which writes plain weights
-                _normalize_weights(block, config)
+                normalize_weights(block, config)
 
 
 @dataclass
@@ -406,34 +339,3 @@ def build_model(variant: str | Variant, size: str = "tiny", **config) -> Entropy
         variant = variant.placed(placement)
     fields = {"bos_token_id": None, "eos_token_id": None, **variant.config_fields(), **MODEL_SIZES[size], **config}
     return EntropyGPT2LMHeadModel(EntropyGPT2Config(**fields))
-
-
-@torch.no_grad()
-def fold_for_inference(model: EntropyGPT2LMHeadModel) -> EntropyGPT2LMHeadModel:
-    """A copy, in eval mode, with the same logits and only what inference has to compute.
-
-    Weight and spectral normalisation and 1/α become plain weights; the temperature becomes a constant scale of
-    the queries (it differs by position, so it cannot go into W_Q, but it stays linear); thresholds are dropped.
-    """
-    config = copy.deepcopy(model.config)
-    config.folded, config.weight_normalization, config.norm_placement = True, None, None
-    was_training = model.training
-    model.eval()  # spectral normalisation must not take another power iteration
-    state = {key: value for key, value in model.state_dict().items() if ".parametrizations." not in key}
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
-            state[f"{name}.weight"] = module.weight
-    model.train(was_training)
-    for key in [
-        key for key in state if key.rpartition(".")[2] in ("alpha", "log_temperature", "reg_threshold_weights")
-    ]:
-        prefix, _, parameter = key.rpartition(".")
-        value = state.pop(key)
-        if parameter == "log_temperature":
-            state[f"{prefix}.query_scale"] = torch.exp(-value)
-        elif parameter == "alpha":
-            for part in ("weight", "bias"):
-                state[f"{prefix}.mlp.c_proj.{part}"] = state[f"{prefix}.mlp.c_proj.{part}"] / value
-    folded = EntropyGPT2LMHeadModel(config).to(model.device, model.dtype).eval()
-    folded.load_state_dict(state)
-    return folded

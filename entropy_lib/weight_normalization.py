@@ -1,0 +1,75 @@
+"""Weight and spectral normalisation of GPT-2's linear layers, wherever Table 5 places them (Tables 5 and 6)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from transformers import GPT2Config
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+
+class WeightNorm(nn.Module):
+    """W = g · V/‖V‖₂ for some output columns of a [d_in, d_out] weight, one g a column (SM+WNorm)."""
+
+    def __init__(self, weight: Tensor, columns: slice):
+        super().__init__()
+        self.columns = columns
+        self.gain = nn.Parameter(weight[:, columns].detach().norm(dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return _replace_columns(
+            weight, self.columns, self.gain * nn.functional.normalize(weight[:, self.columns], dim=0)
+        )
+
+
+class SpectralNorm(nn.Module):
+    """W/σ(W), σ the largest singular value, for some output columns of a [d_in, d_out] weight (SM+SNorm).
+
+    σ = uᵀWv with u, v kept between steps and improved by one power iteration in each training forward pass.
+    """
+
+    def __init__(self, weight: Tensor, columns: slice):
+        super().__init__()
+        self.columns = columns
+        block = weight[:, columns].detach()
+        self.register_buffer("left", nn.functional.normalize(torch.randn_like(block[:, 0]), dim=0))
+        self.register_buffer("right", nn.functional.normalize(torch.randn_like(block[0]), dim=0))
+        self._power_iteration(block, steps=15)
+
+    @torch.no_grad()
+    def _power_iteration(self, block: Tensor, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.right.copy_(nn.functional.normalize(block.T @ self.left, dim=0))
+            self.left.copy_(nn.functional.normalize(block @ self.right, dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        block = weight[:, self.columns]
+        if self.training:
+            self._power_iteration(block.detach())
+        # clones, since the next step overwrites the buffers that this step's backward reads
+        sigma = self.left.clone() @ (block @ self.right.clone())
+        return _replace_columns(weight, self.columns, block / sigma)
+
+
+def _replace_columns(weight: Tensor, columns: slice, block: Tensor) -> Tensor:
+    if block.shape == weight.shape:
+        return block
+    return torch.cat([weight[:, : columns.start], block, weight[:, columns.stop :]], dim=1)
+
+
+def normalize_weights(block: GPT2Block, config: GPT2Config) -> None:
+    """Reparametrise the matrices that `norm_placement` names; query, key and value are columns of `c_attn`."""
+    norm = {"weight": WeightNorm, "spectral": SpectralNorm}[config.weight_normalization]
+    width = config.hidden_size
+    targets = []
+    for letter in config.norm_placement.removesuffix("FFN").removesuffix("+"):
+        if letter == "O":
+            targets.append((block.attn.c_proj, slice(0, width)))
+        else:
+            start = "QKV".index(letter) * width
+            targets.append((block.attn.c_attn, slice(start, start + width)))
+    if config.norm_placement.endswith("FFN"):
+        targets += [(layer, slice(0, layer.weight.shape[1])) for layer in (block.mlp.c_fc, block.mlp.c_proj)]
+    for layer, columns in targets:
+        parametrize.register_parametrization(layer, "weight", norm(layer.weight, columns))
