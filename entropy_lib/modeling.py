@@ -244,6 +244,7 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         super(GPT2LMHeadModel, self).__init__(config)
         self.transformer = EntropyGPT2Model(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.loss_type = "ForCausalLM"  # labels are shifted: the Trainer counts T-1 targets a sequence, not T
         self.post_init()
 
     @can_return_tuple

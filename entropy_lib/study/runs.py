@@ -1,0 +1,152 @@
+"""Run records: what a training run was, how it went, and where it ended, in one JSON and one Parquet file."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from entropy_lib.entropy import entropy_bands
+
+STATUSES = ("finished", "collapsed", "interrupted")
+
+
+@dataclass
+class RunRecord:
+    """One training run: a JSON summary and a Parquet history.
+
+    `status` is "finished", "collapsed" (non-finite steps in a row ended it; the last finite entropies are kept)
+    or "interrupted". `eval_loss` is the mean cross-entropy on validation blocks in nats a token, None if it is
+    not finite; `entropy` the mean over validation of every head's entropy, [L][H] in nats. `history` has one
+    row a recorded step: step, tokens, loss, penalty, eval_loss (NaN between evaluations), entropy [L, H] of the
+    training batch, thresholds θ [L, H], temperatures t [L, H] (mean over positions), alpha and beta [L], learning_rate,
+    grad_norm, skipped (non-finite steps so far), seconds.
+    """
+
+    variant: str
+    size: str
+    corpus: str
+    seed: int
+    tokens: int
+    eval_loss: float | None
+    eval_perplexity: float | None
+    status: str
+    minutes: float
+    device: str
+    steps: int
+    skipped_steps: int
+    parameters: int
+    tokens_per_second: float
+    peak_memory_gib: float
+    corpus_sha256: str
+    context_length: int
+    vocab_size: int
+    processes: int
+    entropy: list[list[float]]
+    recipe: dict
+    model_config: dict
+    command: str
+    versions: dict[str, str]
+    history: pd.DataFrame = field(repr=False)
+    model: object = field(default=None, repr=False, compare=False)  # the trained model, not written to disk
+
+    def __post_init__(self):
+        if self.status not in STATUSES:
+            raise ValueError(f"status must be one of {STATUSES}, got {self.status!r}")
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-seed{self.seed}"
+
+    def entropy_history(self) -> tuple[np.ndarray, np.ndarray]:
+        """(steps [N], entropies [N, L, H]) of the recorded training steps."""
+        return self.history["step"].to_numpy(), np.array(self.history["entropy"].tolist())
+
+    def summary(self) -> dict:
+        """Everything but the history, as plain JSON types."""
+        skip = {"history", "model"}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `<folder>/<variant>-seed<k>.json` and `.parquet`; returns the JSON's path."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        write_history(self.history, folder / f"{self.name}.parquet")
+        path.write_text(json.dumps(self.summary(), indent=1, allow_nan=False) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> RunRecord:
+        """Read a record from the path of its JSON file."""
+        path = Path(path)
+        if path.suffix != ".json" or not path.exists():
+            raise ValueError(f"expected the .json file of a run record, got {path}")
+        summary = json.loads(path.read_text())
+        missing = {f.name for f in fields(cls)} - {"history", "model"} - set(summary)
+        if missing:
+            raise ValueError(f"{path.name} is not a run record: it lacks {', '.join(sorted(missing))}")
+        return cls(**summary, history=read_history(path.with_suffix(".parquet")))
+
+
+def write_history(history: pd.DataFrame, path: Path) -> None:
+    """Parquet; entropies and parameters in float32, which is more than a run reproduces and half the size."""
+    columns = {}
+    for name, values in history.items():
+        nested = next((value for value in values if isinstance(value, list)), None)
+        kind = None
+        while nested is not None:
+            kind = pa.list_(kind or pa.float32())
+            nested = nested[0] if isinstance(nested[0], list) else None
+        columns[name] = pa.array(values.tolist(), type=kind)
+    pq.write_table(pa.table(columns), path, compression="zstd")
+
+
+def read_history(path: Path) -> pd.DataFrame:
+    return pd.DataFrame(pq.read_table(path).to_pylist())
+
+
+def load_runs(folder: str | Path) -> list[RunRecord]:
+    """Every record below `folder`, sorted by path."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no folder of run records at {folder}")
+    return [RunRecord.load(path) for path in sorted(folder.rglob("*-seed*.json"))]
+
+
+def compare(records: Iterable[RunRecord], baseline: str = "SM+LN+G") -> pd.DataFrame:
+    """One row a variant: runs, tokens, perplexity mean ± spread over seeds, gap to the baseline, bands, minutes.
+
+    The gap is relative, PPL/PPL_baseline - 1, and NaN without a baseline run. The spread is the sample standard
+    deviation over seeds, NaN for one seed. Bands are Figure 2a's, averaged over runs; a collapsed run has no
+    perplexity and is counted in `collapsed`.
+    """
+    records = list(records)
+    if not records:
+        raise ValueError("no run records to compare")
+    rows = [
+        {
+            "variant": record.variant,
+            "tokens": record.tokens,
+            "perplexity": math.nan if record.eval_perplexity is None else record.eval_perplexity,
+            "collapsed": record.status == "collapsed",
+            "minutes": record.minutes,
+            **{f"band {i + 1}": share for i, share in enumerate(entropy_bands(record.entropy).tolist())},
+        }
+        for record in records
+    ]
+    groups = pd.DataFrame(rows).groupby("variant", sort=False)
+    table = groups.mean(numeric_only=True)
+    table["collapsed"] = groups["collapsed"].sum()
+    table.insert(0, "runs", groups.size())
+    table.insert(3, "spread", groups["perplexity"].std())
+    reference = table["perplexity"].get(baseline, math.nan)
+    table.insert(4, "gap", table["perplexity"] / reference - 1)
+    return table

@@ -1,0 +1,316 @@
+"""EntropyTrainer, train_variant, the command line: what a run computes, and what happens when it is disturbed."""
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from entropy_lib import EntropyRegularization, build_model
+from entropy_lib.study.__main__ import main
+from entropy_lib.study.recipes import Recipe, get_recipe, training_arguments
+from entropy_lib.study.runs import RunRecord, compare, load_runs
+from entropy_lib.study.trainer import EntropyTrainer, collate_blocks
+from entropy_lib.study.training import train_variant
+
+EREG = "EReg(SM(t)+ScFuFFN)"
+VOCAB, LENGTH = 61, 16
+MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 32, "initializer_range": 0.2}
+RECIPE = Recipe(
+    steps=6, context_length=LENGTH, sequences_per_step=8, micro_batch=8, warmup_ratio=0.2, entropy_every=1,
+    eval_every=3, checkpoint_every=0, eval_blocks=8, temperature_init=0.5, threshold_init=0.9,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    rng = np.random.default_rng(0)
+    walk = (np.cumsum(rng.integers(0, 5, size=80 * LENGTH)) % VOCAB).reshape(-1, LENGTH)
+    splits = {"train": walk[:64], "validation": walk[64:]}
+    dataset = DatasetDict({k: Dataset.from_dict({"input_ids": v.tolist()}) for k, v in splits.items()})
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCAB)}, unk_token="0"))
+    return dataset, PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0", bos_token="0")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ENTROPY_LIB_CACHE", str(tmp_path / "cache"))
+
+
+def train(corpus, variant=EREG, recipe=RECIPE, **kwargs):
+    kwargs.setdefault("model_config", MODEL)
+    return train_variant(variant, corpus, recipe, progress=False, **kwargs)
+
+
+def column(record, name):
+    return np.array(record.history[name].tolist(), dtype=float)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_step_is_cross_entropy_plus_penalty(corpus, tmp_path, reduction):
+    """Loss, penalty, entropies and the gradient's norm of the first step, from the batch that was drawn."""
+    recipe = replace(RECIPE, steps=1, micro_batch=4, reduction=reduction)
+    torch.manual_seed(0)
+    model = build_model(EREG, vocab_size=VOCAB, n_positions=LENGTH, temperature_init=0.5, threshold_init=0.9, **MODEL)
+    reference, drawn = copy.deepcopy(model), []
+
+    def collate(blocks):
+        drawn.append(collate_blocks(blocks)["input_ids"])
+        return collate_blocks(blocks)
+
+    trainer = EntropyTrainer(
+        model=model, args=training_arguments(recipe, tmp_path, seed=0, eval_strategy="no"), data_collator=collate,
+        train_dataset=corpus[0]["train"], regularization=recipe.regularization(), entropy_every=1,
+    )  # fmt: skip
+    trainer.train()
+    batch = torch.cat(drawn[:2])
+    out = reference(input_ids=batch, labels=batch, output_entropies=True)
+    entropies, ceiling = torch.stack(out.entropies), np.log(LENGTH)  # [L, B, H, T]
+    deviation = entropies - reference.entropy_thresholds()[:, None, :, None] * ceiling
+    outside = torch.where(deviation.abs() > 0.2 * ceiling, deviation**2, 0.0)
+    penalty = recipe.loss_coeff * (outside.mean() if reduction == "mean" else outside.sum() / (2 * 2))
+    (out.loss + penalty).backward()
+    norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm()
+    row = trainer.history[0]
+    assert row["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+    assert row["penalty"] == pytest.approx(penalty.item(), rel=1e-5)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    np.testing.assert_allclose(row["entropy"], entropies.mean((1, 3)).detach(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("reduction", "coefficient"), [("mean", 0.1), ("sum", 1e-3)])
+def test_micro_batches_change_nothing(corpus, reduction, coefficient):
+    recipe = replace(RECIPE, reduction=reduction, loss_coeff=coefficient)
+    whole, split = (train(corpus, recipe=replace(recipe, micro_batch=size)) for size in (8, 2))
+    for name in ("loss", "penalty", "grad_norm", "entropy", "thresholds", "temperatures", "alpha"):
+        np.testing.assert_allclose(column(whole, name), column(split, name), rtol=2e-4, atol=1e-6, err_msg=name)
+    assert column(whole, "penalty").min() > 0
+
+
+def test_penalty_moves_the_thresholds_and_only_ereg_has_one(corpus):
+    record = train(corpus)
+    assert np.abs(column(record, "thresholds")[-1] - 0.9).min() > 1e-4
+    plain = train(corpus, "SM(t)+ScFuFFN")
+    assert (column(plain, "penalty") == 0).all()
+    assert plain.history["thresholds"].isna().all()
+    assert plain.history["temperatures"].notna().all()
+
+
+class _InterruptAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_interrupted_run_resumes_to_the_same_losses(corpus, tmp_path):
+    whole = train(corpus)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 4 of 6"):
+        train(corpus, run_dir=tmp_path / "run", callbacks=[_InterruptAt(4)])
+    assert (tmp_path / "run" / "checkpoint-4").is_dir()
+    resumed = train(corpus, run_dir=tmp_path / "run")
+    assert resumed.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    for name in ("loss", "penalty", "entropy", "thresholds", "grad_norm"):
+        np.testing.assert_array_equal(column(whole, name), column(resumed, name), err_msg=name)
+    assert resumed.eval_loss == whole.eval_loss
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_dir_of_another_variant_is_refused(corpus, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(corpus, run_dir=tmp_path / "run", callbacks=[_InterruptAt(2)])
+    with pytest.raises(ValueError, match=r"another run .*variant"):
+        train(corpus, "SM+LN+G", run_dir=tmp_path / "run")
+
+
+class _NaNGradients(TrainerCallback):
+    """NaN gradients in the named steps, and the parameters before and after each step."""
+
+    def __init__(self, steps):
+        self.steps, self.before, self.changed = steps, None, {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.model, self.state = model, state
+        weight = model.transformer.h[1].mlp.c_proj.weight
+        weight.register_hook(lambda g: g * float("nan") if state.global_step + 1 in self.steps else g)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.before = [p.detach().clone() for p in self.model.parameters()]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        after = self.model.parameters()
+        self.changed[state.global_step] = any((a != b).any().item() for a, b in zip(after, self.before, strict=True))
+
+
+def test_a_non_finite_step_is_skipped_and_counted(corpus):
+    watch = _NaNGradients({3})
+    record = train(corpus, recipe=replace(RECIPE, warmup_ratio=0.0), callbacks=[watch])
+    assert record.status == "finished"
+    assert record.skipped_steps == 1
+    assert watch.changed == {1: True, 2: True, 3: False, 4: True, 5: True, 6: True}
+    assert record.history.set_index("step")["skipped"].to_dict() == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
+
+
+def test_many_in_a_row_end_the_run_as_collapsed(corpus, tmp_path):
+    recipe = replace(RECIPE, steps=50, max_skipped_in_a_row=3)
+    record = train(corpus, recipe=recipe, callbacks=[_NaNGradients(range(4, 50))], output_dir=tmp_path)
+    assert (record.status, record.steps, record.skipped_steps) == ("collapsed", 6, 3)
+    assert np.isfinite(record.entropy).all()
+    assert RunRecord.load(tmp_path / f"{EREG}-seed0.json").status == "collapsed"
+
+
+def test_a_model_of_nans_is_a_collapse_with_its_last_entropies(corpus):
+    class Poison(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                model.transformer.wte.weight.data.fill_(float("nan"))
+
+    record = train(corpus, recipe=replace(RECIPE, max_skipped_in_a_row=2), callbacks=[Poison()])
+    assert record.status == "collapsed"
+    assert record.eval_loss is None
+    np.testing.assert_allclose(record.entropy, record.history["entropy"].iloc[-1])
+    json.dumps(record.summary(), allow_nan=False)
+
+
+def test_weight_decay_is_for_matrices_only(corpus):
+    model = build_model("SM+WNorm", **MODEL)
+    trainer = EntropyTrainer(model=model, regularization=EntropyRegularization())
+    names = trainer.get_decay_parameter_names(model)
+    gain = "transformer.h.0.mlp.c_fc.parametrizations.weight.0.gain"
+    assert gain in dict(model.named_parameters())
+    assert gain not in names
+    assert all(dict(model.named_parameters())[name].dim() == 2 for name in names)
+    ereg = build_model(EREG, **MODEL)
+    kept = set(dict(ereg.named_parameters())) - set(trainer.get_decay_parameter_names(ereg))
+    for part in ("log_temperature", "reg_threshold_weights", "alpha", "beta", "c_attn.bias"):
+        assert any(name.endswith(part) for name in kept), part
+    assert any(name.endswith("c_attn.weight") for name in trainer.get_decay_parameter_names(ereg))
+
+
+def test_bfloat16_and_compiled_runs_follow_the_plain_one(corpus):
+    plain = train(corpus)
+    compiled = train(corpus, training_overrides={"torch_compile": True, "torch_compile_backend": "aot_eager"})
+    np.testing.assert_allclose(column(compiled, "loss"), column(plain, "loss"), rtol=1e-4)
+    np.testing.assert_allclose(column(compiled, "entropy"), column(plain, "entropy"), rtol=1e-3)
+    half = train(corpus, recipe=replace(RECIPE, precision="bfloat16"))
+    np.testing.assert_allclose(column(half, "loss"), column(plain, "loss"), rtol=0.03)
+    assert (column(half, "loss") != column(plain, "loss")).any()
+
+
+def test_checkpointed_activations_change_nothing(corpus):
+    plain = train(corpus)
+    saved = train(corpus, training_overrides={"gradient_checkpointing": True})
+    np.testing.assert_allclose(column(saved, "loss"), column(plain, "loss"), rtol=1e-5)
+    np.testing.assert_allclose(column(saved, "thresholds"), column(plain, "thresholds"), rtol=1e-5)
+
+
+def _text_corpus(folder):
+    path = folder / "text.txt"
+    rng = np.random.default_rng(1)
+    path.write_text(" ".join(rng.choice(["alpha", "beta", "gamma", "delta", "rho"], size=6000)))
+    return path
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    text = _text_corpus(tmp_path)
+    options = [
+        "-m", "entropy_lib.study", "--variant", EREG, "--corpus", str(text), "--steps", "4", "--micro-batch", "4",
+        "--sequences-per-step", "8", "--context-length", "16", "--entropy-every", "1", "--eval-every", "2",
+        "--eval-blocks", "8", "--threshold-init", "0.9",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ENTROPY_LIB_CACHE": str(tmp_path / "cache")}
+    environment["ACCELERATE_USE_CPU"] = "true"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command, name in (([sys.executable], "one"), (launch, "two")):
+        output = ["--output", str(tmp_path / name)]
+        done = subprocess.run(
+            [*command, *options, *output], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_runs(tmp_path / name)[0] for name in ("one", "two"))
+    assert (one.processes, two.processes) == (1, 2)
+    for name in ("loss", "penalty", "entropy", "thresholds"):
+        np.testing.assert_allclose(column(two, name), column(one, name), rtol=2e-4, atol=1e-6, err_msg=name)
+    assert two.eval_loss == pytest.approx(one.eval_loss, rel=1e-4)
+    np.testing.assert_allclose(two.entropy, one.entropy, rtol=1e-3)
+
+
+def test_command_line(tmp_path, capsys):
+    text = _text_corpus(tmp_path)
+    options = ["--corpus", str(text), "--steps", "2", "--micro-batch", "2", "--sequences-per-step", "2",
+               "--context-length", "16", "--eval-blocks", "2", "--output", str(tmp_path / "out")]  # fmt: skip
+    assert main(["--variants", "SM+LN+G", "SM", *options]) == 0
+    assert "SM-seed0: finished" in capsys.readouterr().out
+    assert [record.variant for record in load_runs(tmp_path / "out")] == ["SM+LN+G", "SM"]
+    assert main(["--variant", "SM+LM+G", *options]) == 2
+    assert "unknown variant 'SM+LM+G'" in capsys.readouterr().err
+
+
+def test_record_keeps_what_was_trained(corpus, tmp_path):
+    record = train(corpus, output_dir=tmp_path, seed=3)
+    loaded = RunRecord.load(tmp_path / f"{EREG}-seed3.json")
+    assert loaded.summary() == record.summary()
+    assert loaded.tokens == 6 * 8 * LENGTH
+    assert loaded.eval_perplexity == pytest.approx(np.exp(loaded.eval_loss))
+    _, entropy = loaded.entropy_history()
+    assert entropy.shape == (6, 2, 2)
+    assert (entropy > 0).all()
+    assert (entropy <= np.log(LENGTH)).all()
+    assert loaded.history["eval_loss"].notna().tolist() == [False, False, True, False, False, True]
+    with torch.no_grad():  # the record's model is the trained one, and its entropies those of the record
+        batch = collate_blocks([corpus[0]["validation"][i] for i in range(8)])
+        out = record.model(**batch, output_entropies=True)
+    assert out.loss.item() == pytest.approx(record.eval_loss, rel=1e-5)
+    np.testing.assert_allclose(torch.stack(out.entropies).mean((1, 3)), record.entropy, rtol=1e-4)
+
+
+def test_compare_table(corpus, tmp_path):
+    for seed in (0, 1):
+        train(corpus, "SM+LN+G", replace(RECIPE, steps=1), seed=seed, output_dir=tmp_path)
+    train(corpus, "SM", replace(RECIPE, steps=1), output_dir=tmp_path)
+    records = load_runs(tmp_path)
+    table = compare(records)
+    ppl = {(r.variant, r.seed): r.eval_perplexity for r in records}
+    mean = (ppl["SM+LN+G", 0] + ppl["SM+LN+G", 1]) / 2
+    assert table.loc["SM+LN+G", "perplexity"] == pytest.approx(mean)
+    assert table.loc["SM+LN+G", "spread"] == pytest.approx(abs(ppl["SM+LN+G", 0] - ppl["SM+LN+G", 1]) / 2**0.5)
+    assert table.loc["SM", "gap"] == pytest.approx(ppl["SM", 0] / mean - 1)
+    assert table.loc["SM", "runs"] == 1
+    assert table.filter(like="band").sum(axis=1).to_numpy() == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="no run records"):
+        compare([])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss_coeff": -1.0}, "loss_coeff"),
+        ({"tolerance_margin_factor": -0.1}, "tolerance_margin_factor"),
+        ({"steps": 0}, "steps"),
+        ({"precision": "fp8"}, "precision"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio"),
+    ],
+)
+def test_recipe_says_what_is_wrong(changes, message):
+    with pytest.raises(ValueError, match=message):
+        get_recipe("smoke", **changes)
+
+
+def test_batches_that_do_not_divide_are_refused(corpus):
+    with pytest.raises(ValueError, match="multiple of micro_batch"):
+        train(corpus, recipe=replace(RECIPE, micro_batch=3))
+    with pytest.raises(ValueError, match="unknown recipe 'large'"):
+        get_recipe("large")
+    with pytest.raises(ValueError, match="blocks of 16 tokens"):
+        train(corpus, recipe=replace(RECIPE, context_length=8))
