@@ -1,0 +1,43 @@
+# make run    execute the notebook series headless at smoke scale into build/
+# make test   lint, tests, and the key tables of the committed notebooks
+# make lab    open the notebooks in JupyterLab
+# Each sets up .venv by itself and reinstalls only when pyproject.toml or constraints.txt changed.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+# Two threads at most: the models of the smoke runs are too small to feed more.
+export OMP_NUM_THREADS ?= 2
+export JUPYTER_PLATFORM_DIRS := 1
+
+.PHONY: run test lab figures clean
+
+run: $(READY)
+	$(BIN)/python notebooks/run.py --output build/notebooks
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+lab: $(READY)
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+# Re-execute the committed notebooks in place; with Chrome or Chromium present they carry static pictures.
+figures: $(READY)
+	$(BIN)/python notebooks/run.py --update
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.10 or later, or run make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or later is needed, $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) lacks venv or pip: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,test]"
+	@touch $@
+
+clean:
+	rm -rf build $(VENV)
