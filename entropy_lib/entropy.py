@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     if not torch.is_floating_point(x):
         raise ValueError(f"expected a floating-point tensor, got {x.dtype}")
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -24,7 +24,7 @@ def row_sum_error(attention: Tensor) -> Tensor:
     |sum - 1| of the row, or 1 where a weight is clearly negative. A fully masked row (all zeros, or NaN from
     a softmax over nothing) counts as valid, error 0.
     """
-    attention = _at_least_float32(attention).detach()
+    attention = at_least_float32(attention).detach()
     total = attention.nansum(-1)
     empty = ~(attention.nan_to_num() != 0).any(-1)
     error = (total - 1).abs().masked_fill(empty, 0.0)
@@ -63,13 +63,19 @@ def attention_entropy(attention: Tensor, eps: float = 0.0) -> Tensor:
     Raises ValueError if a row neither sums to one nor is fully masked.
     """
     check_attention_rows(attention)
-    attention = _at_least_float32(attention)
+    attention = at_least_float32(attention)
     if eps:
-        return -torch.nansum(attention * torch.log(attention + eps), dim=-1)
+        return entropy_with_eps(attention, eps)
     # log 1 = 0 stands in where a = 0, outside the graph of that element: autograd sees no 1/0.
     positive = attention > 0
     weights = attention.masked_fill(~positive, 0.0)
     return -(weights * weights.masked_fill(~positive, 1.0).log()).sum(-1)
+
+
+def entropy_with_eps(attention: Tensor, eps: float) -> Tensor:
+    """-sum_j a_j log(a_j + eps), NaN weights as 0: the published code's formula, on any weights."""
+    weights = attention.masked_fill(attention.isnan(), 0.0)  # before the product, so that gradients are finite too
+    return -(weights * torch.log(weights + eps)).sum(-1)
 
 
 def entropy_from_logits(logits: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -85,7 +91,7 @@ def entropy_from_logits(logits: Tensor, mask: Tensor | None = None) -> Tensor:
 
 def log_softmax_and_softmax(logits: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(log a, a) of a = softmax(logits) over visible keys; both are 0 at a masked key. Shapes of `logits`."""
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     masked = logits == -math.inf
     if mask is not None:
         if mask.dtype != torch.bool:

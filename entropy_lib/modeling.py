@@ -21,7 +21,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from entropy_lib.attention import entropy_attention
 from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
-from entropy_lib.weight_normalization import normalize_weights
+from entropy_lib.weight_normalization import iterate_spectral_norms, normalize_weights
 
 
 class EntropyGPT2Config(GPT2Config):
@@ -74,7 +74,10 @@ class EntropyGPT2Config(GPT2Config):
 
 
 class FusedFFN(nn.Module):
-    """FFN(X) = X·W + b with W in R^{d×d}: the d→4d→d pair without a nonlinearity in between, as one matrix."""
+    """FFN(X) = X·W + b with W in R^{d×d}: the d→4d→d pair without a nonlinearity in between, as one matrix.
+
+    W starts at std 0.02 without GPT-2's 1/√(2L) on residual projections: it stands for both matrices.
+    """
 
     def __init__(self, config: EntropyGPT2Config):
         super().__init__()
@@ -221,6 +224,7 @@ class EntropyGPT2Model(GPT2Model):
         if config.weight_normalization and not config.folded:
             for block in self.h:  # after the initialisation, which writes plain weights
                 normalize_weights(block, config)
+            self.register_forward_pre_hook(iterate_spectral_norms)
 
 
 @dataclass
@@ -267,6 +271,8 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         Raises ValueError if the input is longer than the model's positions.
         """
         length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        if past_key_values is not None and not torch.compiler.is_compiling():
+            length = length + int(past_key_values.get_seq_length())
         if length > self.config.n_positions:
             raise ValueError(f"input of {length} tokens exceeds the model's {self.config.n_positions} positions")
         body = self.transformer(
@@ -317,7 +323,7 @@ AutoConfig.register(EntropyGPT2Config.model_type, EntropyGPT2Config)
 AutoModelForCausalLM.register(EntropyGPT2Config, EntropyGPT2LMHeadModel)
 
 MODEL_SIZES: dict[str, dict[str, int]] = {
-    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 128, "vocab_size": 4096},
+    "tiny": {"n_layer": 4, "n_head": 4, "n_embd": 64, "n_positions": 128, "vocab_size": 2048},
     "small": {"n_layer": 6, "n_head": 8, "n_embd": 256, "n_positions": 128, "vocab_size": 8192},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-18l": {"n_layer": 18, "n_head": 12, "n_embd": 768},
@@ -329,7 +335,7 @@ def build_model(variant: str | Variant, size: str = "tiny", **config) -> Entropy
 
     Args:
         variant: a name in `VARIANTS`, or a `Variant`.
-        size: "tiny" (4 layers, 4 heads, d=128; seconds on a CPU), "small" (6/8/256), "gpt2" (12/12/768) or
+        size: "tiny" (4 layers, 4 heads, d=64; seconds on a CPU), "small" (6/8/256), "gpt2" (12/12/768) or
             "gpt2-18l" (18/12/768, Table 8).
         **config: any field of `EntropyGPT2Config`, e.g. vocab_size, n_positions, norm_placement="QK+FFN".
     """

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from entropy_lib.entropy import attention_entropy, max_entropy, row_sum_error
+from entropy_lib.entropy import at_least_float32, attention_entropy, entropy_with_eps, max_entropy, row_sum_error
 
 PUBLISHED_EPS = 1e-9  # inside the logarithm of the published code
 
@@ -112,8 +112,7 @@ class EntropyRegularization(nn.Module):
                 "-sum(a log a) is not an entropy. Set attn_pdrop=0 for the model.",
                 stacklevel=2,
             )
-            attention = attention_matrix if attention_matrix.dtype == torch.float64 else attention_matrix.float()
-            return -torch.nansum(attention * torch.log(attention + PUBLISHED_EPS), dim=-1)
+            return entropy_with_eps(at_least_float32(attention_matrix), PUBLISHED_EPS)
         return attention_entropy(attention_matrix, eps=PUBLISHED_EPS)
 
     @staticmethod
@@ -151,7 +150,7 @@ class EntropyRegularization(nn.Module):
 
     def _layer_penalty(self, entropy: Tensor, threshold: Tensor, key_len: int, log_context: float) -> Tensor:
         """Mean over heads of the penalty: entropy [B, H, T_q], threshold [H] -> scalar."""
-        entropy = entropy if entropy.dtype == torch.float64 else entropy.float()
+        entropy = at_least_float32(entropy)
         query_len = entropy.shape[-1]
         if self.ceiling == "causal":
             ceiling = max_entropy(query_len, key_len, causal=True, dtype=entropy.dtype).to(entropy.device)  # [T_q]
@@ -193,8 +192,8 @@ def _as_thresholds(thresholds: Tensor | Sequence, num_layers: int, entropy: Tens
 
 
 def _went_through_dropout(attention: Tensor) -> bool:
-    """Rows that do not sum to one, beside exact zeros on the diagonal, which no mask hides but dropout does."""
+    """Rows that do not sum to one and have exact zeros among the keys up to the diagonal, which causal masks leave."""
     if torch.compiler.is_compiling() or attention.shape[-1] != attention.shape[-2]:
         return False
-    off = row_sum_error(attention) > 0.05
-    return bool(off.any() and (attention.diagonal(dim1=-2, dim2=-1) == 0).logical_and(attention.sum(-1) != 0).any())
+    off = (row_sum_error(attention) > 0.05)[..., None]
+    return bool((off & (attention == 0)).tril().any())

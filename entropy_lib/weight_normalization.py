@@ -26,7 +26,7 @@ class WeightNorm(nn.Module):
 class SpectralNorm(nn.Module):
     """W/σ(W), σ the largest singular value, for some output columns of a [d_in, d_out] weight (SM+SNorm).
 
-    σ = uᵀWv with u, v kept between steps and improved by one power iteration in each training forward pass.
+    σ = uᵀWv with u, v kept between steps; `iterate_spectral_norms` improves them before a training forward pass.
     """
 
     def __init__(self, weight: Tensor, columns: slice):
@@ -35,21 +35,32 @@ class SpectralNorm(nn.Module):
         block = weight[:, columns].detach()
         self.register_buffer("left", nn.functional.normalize(torch.randn_like(block[:, 0]), dim=0))
         self.register_buffer("right", nn.functional.normalize(torch.randn_like(block[0]), dim=0))
-        self._power_iteration(block, steps=15)
+        if not weight.is_meta:  # a model about to be loaded brings its own u, v
+            self.power_iteration(weight, steps=15)
 
     @torch.no_grad()
-    def _power_iteration(self, block: Tensor, steps: int = 1) -> None:
+    def power_iteration(self, weight: Tensor, steps: int = 1) -> None:
+        block = weight[:, self.columns]
         for _ in range(steps):
             self.right.copy_(nn.functional.normalize(block.T @ self.left, dim=0))
             self.left.copy_(nn.functional.normalize(block @ self.right, dim=0))
 
     def forward(self, weight: Tensor) -> Tensor:
         block = weight[:, self.columns]
-        if self.training:
-            self._power_iteration(block.detach())
         # clones, since the next step overwrites the buffers that this step's backward reads
         sigma = self.left.clone() @ (block @ self.right.clone())
         return _replace_columns(weight, self.columns, block / sigma)
+
+
+def iterate_spectral_norms(model: nn.Module, *args) -> None:
+    """A forward pre-hook: one power iteration a training pass, outside what activation checkpointing runs again."""
+    if not model.training:
+        return
+    for layer in model.modules():
+        if parametrize.is_parametrized(layer, "weight"):
+            for norm in layer.parametrizations.weight:
+                if isinstance(norm, SpectralNorm):
+                    norm.power_iteration(layer.parametrizations.weight.original)
 
 
 def _replace_columns(weight: Tensor, columns: slice, block: Tensor) -> Tensor:

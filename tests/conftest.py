@@ -1,0 +1,45 @@
+"""Shared by all tests: one thread, fixed seeds, and tiny models whose every parameter is off its initial value."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+from entropy_lib import VARIANTS, build_model
+from entropy_lib.variants import NORM_PLACEMENTS
+
+torch.set_num_threads(1)
+settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("repeatable")
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 97, "n_positions": 24}
+CASES = [(name, place) for name in VARIANTS for place in (NORM_PLACEMENTS if "Norm" in name else (None,))]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def tiny_model(variant, norm_placement=None, dtype=torch.float64, **config):
+    """Large initial weights and randomised scales, so that a wrong temperature, α, mask or gain shows in the logits."""
+    config = {**TINY, "initializer_range": 0.2, "temperature_init": 0.8, **config}
+    if norm_placement:
+        config["norm_placement"] = norm_placement
+    model = build_model(variant, **config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2 or "log_temperature" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return model.to(dtype).eval()
+
+
+@pytest.fixture(name="tiny_model")
+def _tiny_model():
+    return tiny_model
+
+
+@pytest.fixture(params=CASES, ids=lambda case: "-".join(filter(None, case)))
+def model(request):
+    """Every variant, and every placement of weight and spectral normalisation, in float64 and eval mode."""
+    torch.manual_seed(0)
+    return tiny_model(*request.param)
