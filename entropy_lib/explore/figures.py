@@ -1,8 +1,4 @@
-"""The companion's figures: plotly from arrays and run records, in one look.
-
-Arrays may be torch tensors, numpy arrays or lists; entropies are in nats. `show` displays a figure in a notebook,
-`save` writes it as a page that works offline. As a picture every figure is 900 px wide.
-"""
+"""The companion's figures in one look: plotly from arrays (torch, numpy or lists; entropies in nats)."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 try:
@@ -24,35 +21,29 @@ except ImportError as error:
 
 COLLAPSE, OVERLOAD, HEALTHY, INK, GRID = "#3B6FB6", "#C8553D", "#8A9099", "#2B2F36", "#E6E8EC"
 DARK_INK, DARK_GRID = "#A4AAB3", "rgba(140,146,156,0.25)"
-WIDTH, HEIGHT = 900, 420  # px
+WIDTH, HEIGHT = 800, 420  # px; wider than a cell of JupyterLab on a small screen, a picture would be cut off
 
-# Okabe-Ito for the variants that share most figures. Its yellow vanishes on white, and it has eight colours for
-# twelve variants: indigo, olive and wine are Tol's, grey and brown stand apart from all of them.
+# Okabe-Ito without its yellow, which vanishes on white; indigo, olive and wine are Tol's, then grey and brown.
+# fmt: off
 VARIANT_COLORS = {
-    "SM+LN+G": "#000000",
-    "SM+LN+R": "#332288",
-    "SM+LN": "#56B4E9",
-    "SM+G": "#E69F00",
-    "SM+R": "#999933",
-    "SM": "#8A9099",
-    "SM+WNorm": "#882255",
-    "SM+SNorm": "#8C6D46",
-    "SM+ScFFN": "#CC79A7",
-    "SM+ScFuFFN": "#009E73",
-    "SM(t)+ScFuFFN": "#0072B2",
-    "EReg(SM(t)+ScFuFFN)": "#D55E00",
+    "SM+LN+G": "#000000", "SM+LN+R": "#332288", "SM+LN": "#56B4E9", "SM+G": "#E69F00", "SM+R": "#999933",
+    "SM": "#8A9099", "SM+WNorm": "#882255", "SM+SNorm": "#8C6D46", "SM+ScFFN": "#CC79A7", "SM+ScFuFFN": "#009E73",
+    "SM(t)+ScFuFFN": "#0072B2", "EReg(SM(t)+ScFuFFN)": "#D55E00",
 }
+# fmt: on
+PALETTE = list(VARIANT_COLORS.values())[::-1]  # for other lines, the strongest first
 BANDS = {"below ¼ of the maximum": COLLAPSE, "¼ to ½": "#C3C8CF", "½ to ¾": "#9AA1AB", "¾ and above": OVERLOAD}
+_ROOT = Path(__file__).resolve().parents[2]
+FIGURE_FOLDER = (_ROOT if (_ROOT / "pyproject.toml").is_file() else Path.cwd()) / "build" / "figures"
 _AXIS_TITLES = {"step": "training step", "tokens": "tokens seen", "loss": "loss (nats per token)"}
 
 
 def register_template(dark: bool = False) -> None:
     """Register plotly templates "entropy" (light) and "entropy_dark" (transparent), and make one the default."""
-    for name, ink, grid, paper in (
-        ("entropy", INK, GRID, "white"),
-        ("entropy_dark", DARK_INK, DARK_GRID, "rgba(0,0,0,0)"),
-    ):
-        template = go.layout.Template(pio.templates["simple_white"])
+    paints = {"entropy": (INK, GRID, "white"), "entropy_dark": (DARK_INK, DARK_GRID, "rgba(0,0,0,0)")}
+    for name, (ink, grid, paper) in paints.items():
+        base = pio.templates["simple_white"].layout  # only these: the rest would travel with every figure
+        template = go.layout.Template(layout={key: base[key] for key in ("xaxis", "yaxis", "annotationdefaults")})
         font = {"family": "Inter, Helvetica, Arial, sans-serif", "size": 13, "color": ink}
         axis = {"gridcolor": grid, "showgrid": True, "linecolor": ink, "tickcolor": ink, "title": {"font": font}}
         title = {"font": {"size": 15}, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"l": 12, "t": 12}}
@@ -63,31 +54,20 @@ def register_template(dark: bool = False) -> None:
 
 
 def lines(
-    curves: Mapping,
-    *,
-    title: str,
-    x_title: str,
-    y_title: str,
-    colors: Mapping[str, str] | None = None,
-    reference: Mapping[str, float] | None = None,
-    stopped: Collection[str] = (),
-    log_x: bool = False,
-    y_range: tuple[float, float] | None = None,
-    labels: bool = True,
-    height: int = HEIGHT,
-) -> go.Figure:
+    curves: Mapping, *, title: str, x_title: str, y_title: str, colors: Mapping[str, str] | None = None,
+    reference: Mapping[str, float] | None = None, stopped: Collection[str] = (), log_x: bool = False,
+    y_range: tuple[float, float] | None = None, labels: bool = True, height: int = HEIGHT,
+) -> go.Figure:  # fmt: skip
     """Named lines {name: (x, y)}: up to six are labelled at their ends, more by a legend; `labels=False` for neither.
 
     `reference` adds dashed horizontal lines {label: value}; lines named in `stopped` end in a cross. Points that
     are not finite are left out.
     """
-    points = {
-        name: [p for p in zip(_plain(x), _plain(y), strict=True) if None not in p] for name, (x, y) in curves.items()
-    }
-    if empty := [name for name, pairs in points.items() if not pairs]:
-        raise ValueError(f"nothing finite to draw for {', '.join(empty) or 'an empty set of lines'}")
+    points = {name: list(zip(_plain(x), _plain(y), strict=True)) for name, (x, y) in curves.items()}
+    points = {name: [pair for pair in pairs if None not in pair] for name, pairs in points.items()}
+    if not points or not all(points.values()):
+        raise ValueError(f"nothing finite to draw for {[name for name, pairs in points.items() if not pairs]}")
     reference, colors = reference or {}, {**VARIANT_COLORS, **(colors or {})}
-    palette = list(VARIANT_COLORS.values())[::-1]
     if y_range is None:
         values = [*reference.values(), *(y for pairs in points.values() for _, y in pairs)]
         room = 0.05 * (max(values) - min(values) or 1)
@@ -98,64 +78,43 @@ def lines(
     ends = []
     for index, (name, pairs) in enumerate(points.items()):
         x, y = zip(*pairs, strict=True)
-        color = _ink(colors.get(name, palette[index % len(palette)]))
+        color = _ink(colors.get(name, PALETTE[index % len(PALETTE)]))
         figure.add_scatter(x=x, y=y, mode="lines", name=name, line={"color": color, "width": 2})
         if name in stopped:
             cross = {"symbol": "x", "size": 9, "color": color}
             figure.add_scatter(x=x[-1:], y=y[-1:], mode="markers", marker=cross, showlegend=False, hoverinfo="skip")
         ends.append((name + " ✕" * (name in stopped), color, x[-1], min(max(y[-1], y_range[0]), y_range[1])))
     for label, value in reference.items():
-        _rule(figure, "y", value, label)
+        _mark(figure, "y", value, label)
     if ends_labelled:
-        margin = figure.layout.margin
-        scale = (height - margin.t - margin.b) / (y_range[1] - y_range[0])  # px per unit
+        scale = (height - figure.layout.margin.t - figure.layout.margin.b) / (y_range[1] - y_range[0])  # px per unit
         heights = _spread([y * scale for *_, y in ends], gap=17)
         for (label, color, x, y), at in zip(ends, heights, strict=True):
-            leader = {
-                "ax": 20,
-                "ay": y * scale - at,
-                "arrowhead": 0,
-                "arrowwidth": 1,
-                "arrowcolor": color,
-                "standoff": 3,
-            }
-            x = math.log10(x) if log_x else x
-            figure.add_annotation(x=x, y=y, text=label, font={"color": color}, xanchor="left", **leader)
+            leader = {"ax": 20, "ay": y * scale - at, "arrowcolor": color, "standoff": 3}
+            leader["x"] = math.log10(x) if log_x else x
+            figure.add_annotation(y=y, text=label, font={"color": color}, xanchor="left", **leader)
     span = [min(pairs[0][0] for pairs in points.values()), max(pairs[-1][0] for pairs in points.values())]
     if log_x:
-        figure.update_xaxes(type="log", dtick=1, exponentformat="none")
         span = [math.log10(x) for x in span]
-    figure.update_layout(showlegend=labels and not ends_labelled)
-    figure.update_xaxes(title_text=x_title, range=span)
+        figure.update_xaxes(type="log", dtick=max(1, round((span[1] - span[0]) / 7)), tickformat="~g")
+    figure.update_layout(showlegend=labels and not ends_labelled).update_xaxes(title_text=x_title, range=span)
     return figure.update_yaxes(title_text=y_title, range=y_range)
 
 
-def loss_curves(
-    histories: Mapping,
-    *,
-    x: str = "step",
-    y: str = "loss",
-    reference: Mapping[str, float] | None = None,
-    stopped: Collection[str] = (),
-    title: str = "Loss over training",
-    height: int = HEIGHT,
-) -> go.Figure:
+def loss_curves(histories: Mapping, *, x="step", y="loss", title="Loss over training", **options) -> go.Figure:
     """Training curves of several runs, {name: table with columns `x` and `y`} (DataFrame or dict of lists).
 
-    Variants under the paper's names keep their colour. `reference` marks losses to compare with, such as
-    {"unigram entropy": 6.1}; runs named in `stopped` end in a cross. The axis ends at the highest loss that a run
-    starts with, so that a diverging run does not flatten the others.
+    Options as in `lines`, above all reference={"unigram entropy": 6.1} and stopped={names of runs that diverged}.
+    The axis ends at the highest loss that a run starts with, so that a diverging run does not flatten the others.
     """
-    losses = {name: [loss for loss in _plain(table[y]) if loss is not None] for name, table in histories.items()}
-    marks = list((reference or {}).values())
-    top = max([values[0] for values in losses.values() if values] + marks, default=1)
-    low = min([min(values) for values in losses.values() if values] + marks, default=0)
+    losses = [[loss for loss in _plain(table[y]) if loss is not None] for table in histories.values()]
+    marks = list((options.get("reference") or {}).values())
+    top = max([values[0] for values in losses if values] + marks, default=1)
+    low = min([min(values) for values in losses if values] + marks, default=0)
     room = 0.05 * (top - low or 1)
-    return lines(
-        {name: (table[x], table[y]) for name, table in histories.items()},
-        **{"title": title, "x_title": _AXIS_TITLES.get(x, x), "y_title": _AXIS_TITLES.get(y, y), "height": height},
-        **{"reference": reference, "stopped": stopped, "y_range": (low - room, top + room)},
-    )
+    options = {"y_range": (low - room, top + room), "x_title": _AXIS_TITLES.get(x, x), **options}
+    curves = {name: (table[x], table[y]) for name, table in histories.items()}
+    return lines(curves, title=title, y_title=_AXIS_TITLES.get(y, y), **options)
 
 
 def entropy_heatmap(entropy, context_length: int, title: str | None = None) -> go.Figure:
@@ -176,17 +135,16 @@ def entropy_heatmaps(entropies: Mapping, context_length: int, title: str | None 
         hover = "layer %{y}, head %{x}<br>%{z:.3g} nats<extra>" + name + "</extra>"
         figure.add_heatmap(z=grid, xgap=2, ygap=2, coloraxis="coloraxis", hovertemplate=hover, **cell)
         below = index + columns >= len(grids)  # nothing is drawn below it
-        every = {"dtick": 1 if len(grid[0]) <= 8 or alone else 2 if len(grid[0]) <= 16 else 4}
-        figure.update_xaxes(title_text="head" if below else "", **every, **cell)
-        every = {"dtick": 1 if layers <= 8 or alone else 2, "range": [layers - 0.5, -0.5]}
-        figure.update_yaxes(title_text="layer" if cell["col"] == 1 else "", **every, **cell)
-    figure.update_xaxes(showline=False, showgrid=False, ticks="")
-    figure.update_yaxes(showline=False, showgrid=False, ticks="")
-    figure.update_annotations(font_size=13, yshift=2)
+        every = 1 if len(grid[0]) <= 8 or alone else 2 if len(grid[0]) <= 16 else 4
+        figure.update_xaxes(title_text="head" if below else "", dtick=every, **cell)
+        down = {"range": [layers - 0.5, -0.5], "dtick": 1 if layers <= 8 or alone else 2}
+        figure.update_yaxes(title_text="layer" if cell["col"] == 1 else "", **down, **cell)
+    bare = {"showline": False, "showgrid": False, "ticks": ""}
+    figure.update_xaxes(**bare).update_yaxes(**bare).update_annotations(font_size=13, yshift=2)
     ceiling = math.log(context_length)
     ticks = [*range(0, math.ceil(ceiling - 0.35), 1 if height > 260 else 2), ceiling]
-    bar = {"title": {"text": "nats", "side": "top"}, "thickness": 12, "outlinewidth": 0, "len": 1, "tickvals": ticks}
-    bar["ticktext"] = [*map(str, ticks[:-1]), f"{ceiling:.2f} = log {context_length}"]
+    bar = {"title": {"text": "nats", "side": "top", "font": {"size": 13}}, "thickness": 12, "outlinewidth": 0}
+    bar |= {"tickvals": ticks, "ticktext": [*map(str, ticks[:-1]), f"{ceiling:.2f} = log {context_length}"], "len": 1}
     figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": ceiling, "colorbar": bar})
     title = title or "Mean entropy of every head, by model"
     return _dress(figure, title, height, extra_top=0 if alone else 22)
@@ -207,8 +165,7 @@ def entropy_band_bars(bands: Mapping, title: str | None = None) -> go.Figure:
         figure.add_bar(x=share, y=list(bands), name=label, hovertemplate=hover, **look)
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "traceorder": "normal"}
     figure.update_layout(barmode="stack", bargap=0.35, legend=legend)
-    figure.update_xaxes(title_text="share of heads (%)", range=[0, 100])
-    figure.update_yaxes(autorange="reversed", ticks="", showgrid=False)
+    figure.update_xaxes(title_text="share of heads (%)", range=[0, 100]).update_yaxes(autorange="reversed", ticks="")
     title = title or "Share of heads by entropy, in quarters of the largest head entropy"
     return _dress(figure, title, 130 + 40 * len(shares), extra_top=26)
 
@@ -216,23 +173,18 @@ def entropy_band_bars(bands: Mapping, title: str | None = None) -> go.Figure:
 def layer_entropy_curves(steps, entropy_history, context_length: int, title: str | None = None) -> go.Figure:
     """Mean entropy of each layer over training, [steps, L, H] in nats, from light (layer 0) to dark (the deepest).
 
-    The outer quarters of 0 to log(context_length) are shaded as collapse and overload. The dashed line is uniform
-    attention under a causal mask, mean_i log(i+1) = log(T!)/T.
+    Shaded: the outer quarters of 0 to log T. Dashed: uniform causal attention, mean_i log(i+1) = log(T!)/T.
     """
     means = [[sum(heads) / len(heads) for heads in layers] for layers in _nested(entropy_history, 3)]
     names, ceiling = [f"layer {layer}" for layer in range(len(means[0]))], math.log(context_length)
     shades = sample_colorscale("Purples", [0.45 + 0.55 * n / max(len(names) - 1, 1) for n in range(len(names))])
-    figure = lines(
-        {name: (steps, [step[layer] for step in means]) for layer, name in enumerate(names)},
-        **{
-            "title": title or "Mean entropy of each layer over training",
-            "colors": dict(zip(names, shades, strict=True)),
-        },
-        **{"x_title": _AXIS_TITLES["step"], "y_title": "entropy (nats)", "y_range": (0, ceiling)},
-        reference={"uniform over the visible keys": math.lgamma(context_length + 1) / context_length},
-    )
-    _shade(figure, "y", 0, ceiling / 4, COLLAPSE, "collapse")
-    return _shade(figure, "y", 0.75 * ceiling, ceiling, OVERLOAD, "overload")
+    curves = {name: (steps, [step[layer] for step in means]) for layer, name in enumerate(names)}
+    look = {"colors": dict(zip(names, shades, strict=True)), "y_range": (0, ceiling)}
+    look["reference"] = {"uniform over the visible keys": math.lgamma(context_length + 1) / context_length}
+    title = title or "Mean entropy of each layer over training"
+    figure = lines(curves, title=title, x_title=_AXIS_TITLES["step"], y_title="entropy (nats)", **look)
+    _mark(figure, "y", 0, "collapse", ceiling / 4, COLLAPSE)
+    return _mark(figure, "y", 0.75 * ceiling, "overload", ceiling, OVERLOAD)
 
 
 def attention_rows(rows: Mapping, title: str, notes: Mapping | None = None) -> go.Figure:
@@ -252,47 +204,35 @@ def temperature_curves(temperatures, entropy, ceiling: float, title: str, mark: 
     label = {f"{ceiling:.2f} nats: every key counts the same": ceiling}
     axes = {"x_title": "temperature t", "y_title": "entropy (nats)", "log_x": True, "y_range": (0, 1.1 * ceiling)}
     # The curves meet at both ends, so end labels would pile up; which head is which tells nothing here.
-    return _rule(lines(curves, title=title, reference=label, labels=False, **axes), "x", mark, f"t = {mark:g}")
+    return _mark(lines(curves, title=title, reference=label, labels=False, **axes), "x", mark, f"t = {mark:g}")
 
 
-def penalty_curve(
-    entropy, penalty, gradient, *, threshold: float, margin: float, ceiling: float, title: str
-) -> go.Figure:
-    """The penalty of Algorithm 1 and its slope against a head's entropy, [n] each, beside the band it leaves alone.
-
-    `threshold` θ and `margin` γ are fractions of `ceiling`, E_max in nats.
-    """
+def penalty_curve(entropy, penalty, gradient, *, threshold: float, margin: float, ceiling: float, title: str):
+    """The penalty of Algorithm 1 and its slope at head entropies [n]; θ and γ (`margin`) are fractions of E_max."""
     figure = make_subplots(1, 2, horizontal_spacing=0.11)
     for column, values, label in ((1, penalty, "penalty (nats²)"), (2, gradient, "d penalty / dE (nats)")):
         cell, line = {"row": 1, "col": column}, {"color": _ink(INK), "width": 2}
         figure.add_scatter(x=_plain(entropy), y=_plain(values), mode="lines", line=line, showlegend=False, **cell)
-        figure.update_xaxes(title_text="entropy of the head (nats)", range=[0, ceiling], **cell)
         figure.update_yaxes(title_text=label, **cell)
-        _shade(figure, "x", 0, (threshold - margin) * ceiling, COLLAPSE, "pushed up", **cell)
-        _shade(figure, "x", (threshold + margin) * ceiling, ceiling, OVERLOAD, "pushed down", **cell)
-        _rule(figure, "x", threshold * ceiling, "θ·E<sub>max</sub>", **cell)
-    return _dress(figure, title, 360)
+        _mark(figure, "x", 0, "pushed up", (threshold - margin) * ceiling, COLLAPSE, **cell)
+        _mark(figure, "x", (threshold + margin) * ceiling, "pushed down", ceiling, OVERLOAD, **cell)
+        _mark(figure, "x", threshold * ceiling, "θ·E<sub>max</sub>", **cell)
+    return _dress(figure.update_xaxes(title_text="entropy of the head (nats)", range=[0, ceiling]), title, 360)
 
 
 def ceilings_by_row(ceilings, *, lower: float, upper: float, context_ceiling: float, title: str) -> go.Figure:
     """What each row can reach, [T] in nats, against the band [lower, upper] that one threshold asks of all rows."""
-    reach = _plain(ceilings)
-    axes = {
-        "x_title": "query position i",
-        "y_title": "entropy (nats)",
-        "y_range": (0, 1.12 * max(upper, context_ceiling)),
-    }
-    reference = {f"log T = {context_ceiling:.2f}": context_ceiling}
-    figure = lines({"reach": (range(len(reach)), reach)}, title=title, reference=reference, labels=False, **axes)
-    middle = len(reach) // 2
-    figure.add_annotation(
-        x=middle, y=reach[middle], text="log(i + 1), all that row i can reach", ax=40, ay=40, xanchor="left"
-    )
-    _shade(figure, "y", lower, upper, HEALTHY, "the band every row is held to")
+    reach, top = _plain(ceilings), 1.12 * max(upper, context_ceiling)
+    look = {"labels": False, "colors": {"reach": INK}, "reference": {f"log T = {context_ceiling:.2f}": context_ceiling}}
+    look |= {"x_title": "query position i", "y_title": "entropy (nats)", "y_range": (0, top)}
+    figure = lines({"reach": (range(len(reach)), reach)}, title=title, **look)
+    name, middle = "log(i + 1), all that row i can reach", len(reach) // 2
+    figure.add_annotation(x=middle, y=reach[middle], text=name, ax=40, ay=40, xanchor="left")
+    _mark(figure, "y", lower, "the band every row is held to", upper, HEALTHY)
     short = sum(value < lower for value in reach)
-    return (
-        _shade(figure, "x", 0, short - 0.5, COLLAPSE, f"{short} rows cannot reach it", beside=True) if short else figure
-    )
+    if short:
+        _mark(figure, "x", 0, f"{short} rows cannot reach it", short - 0.5, COLLAPSE, beside=True)
+    return figure
 
 
 def show(figure: go.Figure, name: str | None = None) -> None:
@@ -300,8 +240,9 @@ def show(figure: go.Figure, name: str | None = None) -> None:
 
     The output holds the live figure and, where kaleido finds a browser, its picture for readers without a kernel.
     """
+    picture = _png(figure)
     if name:
-        save(figure, _build_folder(), name)
+        save(figure, FIGURE_FOLDER, name, picture)
     if "google.colab" in sys.modules:  # does not know the plotly mimetype
         figure.show(renderer="colab")
     elif "IPython" in sys.modules:
@@ -309,21 +250,20 @@ def show(figure: go.Figure, name: str | None = None) -> None:
 
         words = (figure.layout.title.text or "").replace("<br>", " ").replace("<b>", "").replace("</b>", "")
         bundle = {"application/vnd.plotly.v1+json": figure.to_plotly_json(), "text/plain": f"Figure: {words}"}
-        if picture := _png(figure):
+        if picture:
             bundle["image/png"] = base64.b64encode(picture).decode()
         size = {"width": WIDTH, "height": figure.layout.height or HEIGHT}
         display(bundle, metadata={"image/png": size} if picture else {}, raw=True)
 
 
-def save(figure: go.Figure, folder: str | Path, name: str) -> list[Path]:
+def save(figure: go.Figure, folder: str | Path, name: str, picture: bytes | None = None) -> Path:
     """Write folder/name.html (plotly.js once a folder, works offline) and, if a browser is found, folder/name.png."""
     page = Path(folder) / f"{name}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(page, include_plotlyjs="directory", div_id=name)
-    if not (picture := _png(figure)):
-        return [page]
-    page.with_suffix(".png").write_bytes(picture)
-    return [page, page.with_suffix(".png")]
+    if picture := picture or _png(figure):
+        page.with_suffix(".png").write_bytes(picture)
+    return page
 
 
 _browser: dict[str, bool] = {}  # "found": whether pictures can be made, known after the first attempt
@@ -335,22 +275,16 @@ def _png(figure: go.Figure) -> bytes | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # kaleido's running server says that it has its options already
-            picture = figure.to_image(format="png", width=WIDTH, height=figure.layout.height or HEIGHT, scale=1.5)
+            picture = figure.to_image(format="png", width=WIDTH, height=figure.layout.height or HEIGHT)
             if not _browser:
                 import kaleido
 
                 kaleido.start_sync_server(silence_warnings=True)  # one browser for all further pictures
+                _browser["found"] = True
     except Exception:  # no kaleido, no browser, an old version: each raises something else, and none is an error here
         _browser["found"] = False
         return None
-    _browser["found"] = True
     return picture
-
-
-def _build_folder() -> Path:
-    """build/figures in the checkout, or in the working directory for an installed library."""
-    root = Path(__file__).resolve().parents[2]
-    return (root if (root / "pyproject.toml").is_file() else Path.cwd()) / "build" / "figures"
 
 
 def _plain(values) -> list:
@@ -373,61 +307,42 @@ def _ink(color: str) -> str:
 
 def _dress(figure: go.Figure, title: str, height: int, right: float = 24, extra_top: int = 0) -> go.Figure:
     """Template, bold title wrapped to the width, height and margins. The template is named, not left to a default."""
-    words = textwrap.wrap(title, 100)
-    figure.update_layout(
-        template="entropy_dark" if pio.templates.default == "entropy_dark" else "entropy",
-        title={"text": "<br>".join(f"<b>{line}</b>" for line in words)},
-        height=height,
-        margin={"l": 64, "r": right, "t": 24 + 20 * len(words) + extra_top, "b": 56},
-    )
-    return figure
+    words = textwrap.wrap(title, 90)
+    margin = {"l": 64, "r": right, "t": 24 + 20 * len(words) + extra_top, "b": 56}
+    template = "entropy_dark" if pio.templates.default == "entropy_dark" else "entropy"
+    text = "<br>".join(f"<b>{line}</b>" for line in words)
+    return figure.update_layout(template=template, title_text=text, height=height, margin=margin)
 
 
-def _rule(figure: go.Figure, axis: str, value: float, label: str, **cell) -> go.Figure:
-    """A dashed horizontal (`axis` "y") or dotted vertical ("x") line with its name."""
-    style = {"color": _ink(INK), "width": 1, "dash": "dash" if axis == "y" else "dot"}
-    other = "x" if axis == "y" else "y"
-    span = {f"{axis}0": value, f"{axis}1": value, f"{other}0": 0, f"{other}1": 1, f"{other}ref": f"{other} domain"}
-    figure.add_shape(type="line", line=style, **span, **cell)
-    if axis == "y":
-        at = {"xref": "x domain", "x": 1, "xanchor": "right", "y": value, "yanchor": "bottom"}
+def _mark(figure: go.Figure, axis: str, start: float, label: str, end=None, color=None, beside=False, **cell):
+    """Mark and name a place on an axis: a thin line at `start`, or a tinted band from there to `end`."""
+    other, stop = "x" if axis == "y" else "y", start if end is None else end
+    span = {f"{axis}0": start, f"{axis}1": stop, f"{other}0": 0, f"{other}1": 1, f"{other}ref": f"{other} domain"}
+    if end is None:
+        style = {"color": _ink(INK), "width": 1, "dash": "dash" if axis == "y" else "dot"}
+        span |= {"type": "line", "line": style, "opacity": 0.5}
+        exponent = axis == "x" and figure.layout.xaxis.type == "log"  # what annotations want there, unlike shapes
+        at = {axis: math.log10(start) if exponent else start, other: 1, "xshift": 4 if axis == "x" else 0}
+        at |= {"xanchor": "right", "yanchor": "bottom"} if axis == "y" else {"xanchor": "left", "yanchor": "top"}
     else:
-        log = figure.layout.xaxis.type == "log"  # annotations, unlike shapes, want the exponent there
-        at = {"x": math.log10(value) if log else value, "xanchor": "left", "xshift": 4}
-        at |= {"yref": "y domain", "y": 0.04, "yanchor": "bottom"}
-    return figure.add_annotation(text=label, showarrow=False, **at, **cell)
-
-
-def _shade(figure: go.Figure, axis: str, start: float, end: float, color: str, label: str, beside=False, **cell):
-    """A tinted band from `start` to `end` of an axis with its name at the top, or `beside` its lower right corner."""
-    other = "x" if axis == "y" else "y"
-    span = {f"{axis}0": start, f"{axis}1": end, f"{other}0": 0, f"{other}1": 1, f"{other}ref": f"{other} domain"}
-    figure.add_shape(type="rect", **span, fillcolor=color, opacity=0.12, line_width=0, layer="below", **cell)
-    if axis == "y":
-        at = {"xref": "x domain", "x": 0, "xanchor": "left", "xshift": 6, "y": end, "yanchor": "top"}
-    elif beside:
-        at = {"x": end, "xanchor": "left", "xshift": 6, "yref": "y domain", "y": 0.03, "yanchor": "bottom"}
-    else:
-        at = {"x": (start + end) / 2, "yref": "y domain", "y": 1, "yanchor": "top"}
-    return figure.add_annotation(text=f"<b>{label}</b>", font={"color": color}, showarrow=False, **at, **cell)
+        span |= {"fillcolor": color, "opacity": 0.12, "line_width": 0, "layer": "below", "type": "rect"}
+        corner = axis == "y" or beside
+        at = {axis: end if corner else (start + end) / 2, other: 0 if axis == "y" else 0.03 if beside else 1}
+        at |= {"xanchor": "left" if corner else "center", "yanchor": "bottom" if beside else "top"}
+        at |= {"xshift": 6 if corner else 0, "font": {"color": color}, "text": f"<b>{label}</b>"}
+    figure.add_shape(**span, **cell)
+    return figure.add_annotation(**{"text": label, f"{other}ref": f"{other} domain", "showarrow": False, **at}, **cell)
 
 
 def _spread(positions: list[float], gap: float) -> list[float]:
     """The positions moved apart until any two differ by `gap`, each crowd staying centred where it was."""
-    blocks: list[list[int]] = []
-
-    def middle(block):
-        return sum(positions[i] for i in block) / len(block)
-
-    for index in sorted(range(len(positions)), key=positions.__getitem__):
-        blocks.append([index])
-        while (
-            len(blocks) > 1 and middle(blocks[-1]) - middle(blocks[-2]) < gap * (len(blocks[-1]) + len(blocks[-2])) / 2
-        ):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    return [
-        at for _, at in sorted((i, middle(b) + gap * (n - (len(b) - 1) / 2)) for b in blocks for n, i in enumerate(b))
-    ]
+    order = sorted(range(len(positions)), key=positions.__getitem__)
+    spread = list(positions)
+    for _ in range(100):
+        for lower, upper in pairwise(order):
+            overlap = max(gap - (spread[upper] - spread[lower]), 0)
+            spread[lower], spread[upper] = spread[lower] - overlap / 2, spread[upper] + overlap / 2
+    return spread
 
 
 register_template()

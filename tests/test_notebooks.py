@@ -1,0 +1,138 @@
+"""Committed notebooks are executed, light and honest; their runner reports what fails and refuses what it cannot do."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+
+ROOT = Path(__file__).resolve().parents[1]
+RUNNER = ROOT / "notebooks" / "run.py"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_there_are_notebooks():
+    assert NOTEBOOKS
+
+
+def test_every_code_cell_was_executed_in_order_and_without_error(notebook):
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(range(1, len(code_cells(notebook)) + 1))
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+def test_one_parameters_cell_of_plain_assignments(notebook):
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assert not [cell for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+
+
+def test_light_and_without_widget_state_or_timings(path, notebook):
+    assert path.stat().st_size < 1_000_000
+    assert set(notebook.metadata) <= {"kernelspec", "language_info"}
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+
+
+def test_cells_are_short(notebook):
+    long = {cell.id: cell.source.count("\n") + 1 for cell in code_cells(notebook) if cell.source.count("\n") >= 25}
+    assert not long
+
+
+def test_a_key_table_for_nbval_with_output(notebook):
+    checked = [cell for cell in code_cells(notebook) if cell.source.startswith("# NBVAL_CHECK_OUTPUT")]
+    assert checked
+    assert all(cell.outputs for cell in checked)
+
+
+def test_no_machine_paths(path):
+    found = re.findall(r"/(?:home|root|Users|tmp|work|workspace|content)/[\w./-]+|[A-Z]:\\\\Users", path.read_text())
+    assert not found
+
+
+def test_links_lead_to_files(path, notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    targets = [target.split("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+    assert not [target for target in targets if target and not (path.parent / target).exists()]
+
+
+# ---- the runner
+
+
+def make_notebook(folder, name, *sources, parameters="count = 2"):
+    cells = [nbformat.v4.new_code_cell(source) for source in (parameters, *sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), folder / f"{name}.ipynb")
+    return str(folder / f"{name}.ipynb")
+
+
+def run(*arguments):
+    pytest.importorskip("papermill")
+    command = [sys.executable, str(RUNNER), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.parametrize(
+    "extra", [["-p", "cuont", "3"], ["-p", "count", "3", "-p", "more", "1"], ["--update", "-p", "count", "1"]]
+)
+def test_runner_refuses_what_the_notebook_cannot_take(tmp_path, extra):
+    result = run(make_notebook(tmp_path, "a", "assert count == 2"), "--output", tmp_path / "out", *extra)
+    assert result.returncode == 2
+    assert "parameter" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_runner_refuses_an_unknown_notebook():
+    result = run("99_nothing")
+    assert result.returncode == 2
+    assert "99_nothing" in result.stderr
+    assert "01_entropy_math" in result.stderr
+
+
+def test_runner_reports_a_failing_cell_and_runs_the_rest(tmp_path):
+    bad = make_notebook(tmp_path, "bad", "value = count - 2", "print(1 / value)", "assert False, 'not reached'")
+    good = make_notebook(tmp_path, "good", "import sys", f"assert sys.executable == {sys.executable!r}\nassert count")
+    result = run(bad, good, "--output", tmp_path / "out")
+    assert result.returncode == 1
+    assert "print(1 / value)" in result.stdout
+    assert "ZeroDivisionError: division by zero" in result.stdout
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()[-2:]}
+    assert rows["bad"][0] == "FAILED"
+    assert rows["good"][0] == "ok"
+    assert rows["good"][2:] == ["3", "2"]
+    assert (tmp_path / "out" / "good.ipynb").is_file()
+
+
+def test_runner_passes_typed_parameters(tmp_path):
+    path = make_notebook(tmp_path, "a", "assert count == [1, 2.5]")
+    assert run(path, "--output", tmp_path / "out", "-p", "count", "[1, 2.5]").returncode == 0
+
+
+def test_update_writes_back_a_clean_notebook(tmp_path):
+    path = make_notebook(tmp_path, "a", "import ipywidgets\nipywidgets.IntSlider()", "print('ran')")
+    before = nbformat.read(path, as_version=4)
+    assert run(path, "--output", tmp_path / "out", "--update").returncode == 0
+    after = nbformat.read(path, as_version=4)
+    assert [cell.id for cell in after.cells] == [cell.id for cell in before.cells]
+    assert [cell.execution_count for cell in after.cells] == [1, 2, 3]
+    assert set(after.metadata) == {"kernelspec", "language_info"}
+    assert list(after.cells[1].outputs[0].data) == ["text/plain"]
+    assert after.cells[2].outputs[0].text == "ran\n"
+    assert [dict(cell.metadata) for cell in after.cells] == [{"tags": ["parameters"]}, {}, {}]
