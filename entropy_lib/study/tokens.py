@@ -12,7 +12,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,14 +24,14 @@ from tqdm.std import tqdm  # not tqdm.auto: its notebook bar shows 0% for ever i
 FORMAT_VERSION = 1  # raise it when the same documents would give other token files
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
+FILES = ("train.bin", "validation.bin", "tokenizer.json")
 TOKENIZER_BYTES = 64_000_000  # text that the tokenizer is trained on, at most: bounds memory and time
-SINGLE_DOCUMENT_TRAIN = 0.95  # share of tokens that trains when a corpus is a single document
 PIECE_CHARS, BATCH_CHARS = 1_000_000, 4_000_000  # longest text encoded at once; text encoded in parallel
 HASH_ALWAYS_BYTES = 64_000_000  # token files up to this size are hashed at every load, larger ones on demand
 
 
 class Document(NamedTuple):
-    """One text of a corpus. `package` is what the split keeps together, "" where there is none."""
+    """One text of a corpus. `package` is what the split keeps together or is made within, "" where there is none."""
 
     package: str
     path: str
@@ -55,12 +54,12 @@ class Source:
     quiet: bool = False
 
 
-def progress(items: Iterable, label: str, total: int | None = None, unit: str = "it", quiet: bool = False):
+def progress(items: Iterable, label: str, unit: str = "file", quiet: bool = False):
     """A bar on a terminal; elsewhere one line for the stage, nothing when quiet."""
     terminal = sys.stderr.isatty()
     if not terminal and not quiet:
         print(label, file=sys.stderr, flush=True)
-    return tqdm(items, desc=label, total=total, unit=unit, disable=quiet or not terminal)
+    return tqdm(items, desc=label, unit=unit, disable=quiet or not terminal)
 
 
 def file_sha256(path: Path) -> str:
@@ -119,23 +118,21 @@ def _read_manifest(folder: Path, verify: bool) -> tuple[dict | None, str | None]
 
 
 def _build(source: Source, vocab_size: int, folder: Path) -> dict:
-    # Unique temporary names, renamed at the end: two builds at once cannot spoil each other, and an
-    # interrupted one leaves nothing that a later call would trust.
-    temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in (*_FILES, "manifest.json")}
+    # Temporary names of this process, renamed at the end: two builds at once cannot spoil each other, and
+    # an interrupted one leaves nothing that a later call would trust.
+    temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in (*FILES, "manifest.json")}
     for stale in folder.glob("*.tmp"):
         if time.time() - stale.stat().st_mtime > 6 * 3600:
             stale.unlink(missing_ok=True)
     try:
-        texts, single = _tokenizer_texts(source)
+        texts = _tokenizer_texts(source)
         label = f"{source.name}: training the tokenizer on {sum(map(len, texts)) / 1e6:.1f} MB"
-        tokenizer = _train_tokenizer(progress(texts, label, unit="file", quiet=source.quiet), vocab_size)
+        tokenizer = _train_tokenizer(progress(texts, label, quiet=source.quiet), vocab_size)
         del texts
         tokenizer.save(str(temporary["tokenizer.json"]))
-        documents = progress(source.documents(), f"{source.name}: encoding", unit="file", quiet=source.quiet)
-        counts = _encode(tokenizer, documents, temporary, source.max_tokens)
-        if single:
-            _cut_single(temporary, token_dtype(tokenizer.get_vocab_size()))
-        manifest = _manifest(source, tokenizer, counts, temporary)
+        documents = progress(source.documents(), f"{source.name}: encoding", quiet=source.quiet)
+        counts = _encode(tokenizer, documents, temporary, source.max_tokens or {})
+        manifest = _manifest(source, tokenizer.get_vocab_size(), counts, temporary)
         temporary["manifest.json"].write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name, path in temporary.items():  # manifest.json is last
             os.replace(path, folder / name)
@@ -145,16 +142,12 @@ def _build(source: Source, vocab_size: int, folder: Path) -> dict:
             path.unlink(missing_ok=True)
 
 
-_FILES = ("train.bin", "validation.bin", "tokenizer.json")
-
-
-def _tokenizer_texts(source: Source) -> tuple[list[str], bool]:
-    """Training texts with the smallest content hash, TOKENIZER_BYTES at most; and "one document only"."""
+def _tokenizer_texts(source: Source) -> list[str]:
+    """The training texts with the smallest content hash, TOKENIZER_BYTES at most."""
     heap, total, scanned, count, bound = [], 0, 0, 0, 2**64
     for document in source.documents():
-        count += 1
         data = document.text.encode()
-        scanned += len(data)
+        count, scanned = count + 1, scanned + len(data)
         if document.split == "train":
             rank = int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
             if rank < bound:
@@ -165,13 +158,9 @@ def _tokenizer_texts(source: Source) -> tuple[list[str], bool]:
                 bound, total = min(bound, -largest), total - size
         if scanned > source.scan_bytes:
             break
-    if scanned == 0 or not heap:
+    if not heap:
         raise ValueError(f"corpus {source.name!r} has no text to train on: saw {count} documents, {scanned} bytes")
-    texts = [text for _, _, text in sorted(heap, reverse=True)]
-    single = count == 1
-    if single:  # the tokenizer must not see the part held out for validation
-        texts = [texts[0][: max(1, int(len(texts[0]) * SINGLE_DOCUMENT_TRAIN))]]
-    return texts, single
+    return [text for _, _, text in sorted(heap, reverse=True)]
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -200,38 +189,35 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode(tokenizer: Tokenizer, documents: Iterable[Document], paths: dict, max_tokens: dict | None) -> dict:
+def _encode(tokenizer: Tokenizer, documents: Iterable[Document], paths: dict, limits: dict) -> dict:
     """Write the token ids of each split; returns, by (split, package), the files, bytes and tokens."""
     dtype, end = token_dtype(tokenizer.get_vocab_size()), tokenizer.token_to_id(END_OF_TEXT)
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is ordinary text
     counts: dict[tuple[str, str], Counter] = {}
     written = Counter()
-    limits = max_tokens or {}
-    batch, chars = [], 0
+    batch, chars = [], 0  # (split, package), piece, the tokens to put after it
 
     def flush():
         encoded = tokenizer.encode_batch_fast([piece for _, piece, _ in batch], add_special_tokens=False)
-        for (group, _, last), encoding in zip(batch, encoded, strict=True):
-            ids = np.array(encoding.ids + [end] * last, dtype=dtype)
+        for (group, _, after), encoding in zip(batch, encoded, strict=True):
             split = group[0]
+            ids = np.array(encoding.ids + after, dtype=dtype)
             if split in limits:
                 ids = ids[: max(0, limits[split] - written[split])]
             files[split].write(ids.tobytes())
             counts[group]["tokens"] += len(ids)
             written[split] += len(ids)
 
-    with ExitStack() as stack:
-        files = {split: stack.enter_context(open(paths[f"{split}.bin"], "wb")) for split in SPLITS}
+    with open(paths["train.bin"], "wb") as train, open(paths["validation.bin"], "wb") as validation:
+        files = {"train": train, "validation": validation}
         for document in documents:
             if written[document.split] >= limits.get(document.split, float("inf")):
                 continue
             group = (document.split, document.package)
-            seen = counts.setdefault(group, Counter())
-            seen["files"] += 1
-            seen["bytes"] += len(document.text.encode())
-            pieces = list(_pieces(document.text))
-            for number, piece in enumerate(pieces, 1):
-                batch.append((group, piece, number == len(pieces)))
+            counts.setdefault(group, Counter()).update(files=1, bytes=len(document.text.encode()))
+            *pieces, last = _pieces(document.text)
+            for piece, after in [*((piece, []) for piece in pieces), (last, [end])]:
+                batch.append((group, piece, after))
                 chars += len(piece)
                 if chars >= BATCH_CHARS:
                     flush()
@@ -240,33 +226,21 @@ def _encode(tokenizer: Tokenizer, documents: Iterable[Document], paths: dict, ma
     return counts
 
 
-def _cut_single(paths: dict, dtype: np.dtype) -> None:
-    """Move the last tokens of a corpus of one document from training to validation."""
-    ids = np.fromfile(paths["train.bin"], dtype)
-    cut = int(len(ids) * SINGLE_DOCUMENT_TRAIN)
-    ids[:cut].tofile(paths["train.bin"])
-    ids[cut:].tofile(paths["validation.bin"])
-
-
-def _manifest(source: Source, tokenizer: Tokenizer, counts: dict, paths: dict) -> dict:
-    dtype = token_dtype(tokenizer.get_vocab_size())
-    files = {name: {"bytes": paths[name].stat().st_size, "sha256": file_sha256(paths[name])} for name in _FILES}
+def _manifest(source: Source, vocab_size: int, counts: dict, paths: dict) -> dict:
+    dtype = token_dtype(vocab_size)
+    files = {name: {"bytes": paths[name].stat().st_size, "sha256": file_sha256(paths[name])} for name in FILES}
+    totals = {unit: sum(seen[unit] for seen in counts.values()) for unit in ("files", "bytes")}
+    totals |= {f"{split}_tokens": files[f"{split}.bin"]["bytes"] // dtype.itemsize for split in SPLITS}
     known = {package["name"]: package for package in source.packages()}
-    packages = [
-        {**known[package], "split": split, **seen} for (split, package), seen in counts.items() if package in known
-    ]
-    totals = {"files": sum(seen["files"] for seen in counts.values())}
-    totals["bytes"] = sum(seen["bytes"] for seen in counts.values())
-    for split in SPLITS:
-        totals[f"{split}_tokens"] = files[f"{split}.bin"]["bytes"] // dtype.itemsize
+    groups = [(known[package], split, seen) for (split, package), seen in counts.items() if package in known]
     return {
         "format_version": FORMAT_VERSION,
         "name": source.name,
         "licence": source.licence,
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": vocab_size,
         "dtype": dtype.name,
         "tokenizers_version": tokenizers.__version__,
         "totals": totals,
         "files": files,
-        "packages": packages,
+        "packages": [{**facts, "split": split, **seen} for facts, split, seen in groups],
     }
