@@ -73,7 +73,7 @@ def load_corpus(
     max_tokens = max_tokens or (CODEPARROT_TOKENS if name == "codeparrot" else None)
     limits = {"train": max_tokens, "validation": max(10_000, max_tokens // 20)} if max_tokens else {}
     source = _source(name, cache, limits)
-    vocab_size = vocab_size or (4_096 if name == "sample" else 16_384)
+    vocab_size = vocab_size or (2_048 if name == "sample" else 16_384)
     folder, manifest = tokens.token_files(source, vocab_size, cache, verify)
     dataset = datasets.DatasetDict(
         {split: _blocks(split, folder, manifest, source, context_length, limits.get(split)) for split in SPLITS}
