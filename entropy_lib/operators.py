@@ -15,42 +15,44 @@ INTERPRET = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels ru
 SHORT = 128  # up to so many queries and keys, one program computes dQ, dK and dV of a whole head
 
 
-def _configs(*choices: tuple[int, int, int, int]) -> list[triton.Config]:
-    choices = [(16, 16, 4, 1)] if INTERPRET else choices
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in choices
-    ]
+def _config(block_m: int, block_n: int, warps: int, stages: int) -> triton.Config:
+    """BLOCK_M queries by BLOCK_N keys, warps, stages of the software pipeline."""
+    return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
 
 
-def _fitting(configs: list[triton.Config], arguments: dict, **keywords) -> list[triton.Config]:
-    """No block longer than the sequence; the last one, small enough for any GPU, is the fallback."""
+def _worth_trying(configs: list[triton.Config], arguments: dict, **keywords) -> list[triton.Config]:
+    """No block longer than the sequence, small ones for float32; the last is small enough for any GPU."""
     arguments = {**arguments, **keywords}
-    longest = triton.next_power_of_2(max(arguments["query_len"], arguments["key_len"]))
-    fitting = [c for c in configs if max(c.kwargs.get("BLOCK_M", 0), c.kwargs.get("BLOCK_N", 0)) <= longest]
-    return fitting or configs[-1:]
+    largest = triton.next_power_of_2(max(arguments["query_len"], arguments["key_len"]))
+    if arguments["q"][0].dtype == torch.float32:
+        largest = min(largest, 64)
+    return [c for c in configs if max(c.kwargs.values(), default=0) <= largest] or configs[-1:]
 
 
-def _autotuned(kernel, configs: list[triton.Config]):
+def _autotuned(kernel, *configs: triton.Config):
     """Choose among a few configurations by measuring, once for each kind of call: `KEY`, head size, what is present."""
     return triton.autotune(
-        configs,
+        [_config(16, 16, 4, 1)] if INTERPRET and configs[0].kwargs else list(configs[: 1 if INTERPRET else None]),
         key=["KEY", "BLOCK_D", "CAUSAL", "GROUP"],
-        prune_configs_by={"early_config_prune": _fitting},
+        prune_configs_by={"early_config_prune": _worth_trying},
         do_bench=lambda call, quantiles: triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles),
     )(kernel)
 
 
-# (BLOCK_M queries, BLOCK_N keys, warps, pipeline stages)
 FORWARD = _autotuned(
-    kernels.forward_kernel,
-    _configs((128, 128, 8, 2), (128, 64, 4, 3), (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)),
+    kernels.forward_kernel, _config(128, 128, 8, 2), _config(128, 64, 4, 3), _config(128, 64, 8, 3),
+    _config(64, 64, 4, 3), _config(32, 32, 4, 2),
+)  # fmt: skip
+DQ = _autotuned(
+    kernels.dq_kernel, _config(128, 64, 8, 2), _config(128, 64, 8, 3), _config(64, 64, 4, 3), _config(32, 32, 4, 2)
 )
-DQ = _autotuned(kernels.dq_kernel, _configs((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)))
-DKV = _autotuned(kernels.dkv_kernel, _configs((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 3), (32, 32, 4, 2)))
+DKV = _autotuned(
+    kernels.dkv_kernel, _config(64, 128, 8, 2), _config(32, 128, 8, 3), _config(64, 64, 4, 3), _config(32, 32, 4, 2)
+)
 SHORT_BACKWARD = _autotuned(
-    kernels.short_kernel, [triton.Config({}, num_warps=w, num_stages=1) for w in ((4,) if INTERPRET else (8, 4))]
-)
+    kernels.short_kernel, triton.Config({}, num_warps=8, num_stages=1), triton.Config({}, num_warps=4, num_stages=1),
+    triton.Config({}, num_warps=8, num_stages=1, maxnreg=128),
+)  # fmt: skip
 
 
 def _launch(kernel, programs, query: Tensor, key: Tensor, scale: float, causal: bool, present: tuple, **arguments):
@@ -133,11 +135,11 @@ def _block(length: int) -> int:
 
 
 def _is_short(query: Tensor, key: Tensor) -> bool:
-    """Whether `short_kernel` takes it: four operands and two weight matrices lie in shared memory at once."""
+    """Whether `short_kernel` takes it: four operands and a weight matrix lie in shared memory at once."""
     rows, columns, channels = _block(query.shape[2]), _block(key.shape[2]), _block(query.shape[3])
     if max(query.shape[2], key.shape[2]) > SHORT or INTERPRET:
         return max(query.shape[2], key.shape[2]) <= SHORT
-    elements = 2 * (rows + columns) * channels + 2 * rows * columns
+    elements = 2 * (rows + columns) * channels + rows * columns
     shared = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
     return query.dtype.itemsize == 2 and 2 * elements <= shared
 
