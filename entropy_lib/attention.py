@@ -167,8 +167,9 @@ def _check_shapes(
         raise ValueError(f"temperature must have shape {shapes[0]} or {shapes[1]}, got {list(temperature.shape)}")
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask must be boolean, True where a key takes part; got {mask.dtype}")
-    if mask is not None and mask.dim() == 2 and list(mask.shape) not in ([1, key.shape[2]], [query.shape[0], key.shape[2]]):
-        raise ValueError(f"a mask of keys must have shape {[query.shape[0], key.shape[2]]}, got {list(mask.shape)}")
+    wanted = [query.shape[0], key.shape[2]]
+    if mask is not None and mask.dim() == 2 and list(mask.shape) not in (wanted, [1, wanted[1]]):
+        raise ValueError(f"a mask of keys must have shape {wanted}, got {list(mask.shape)}")
 
 
 def _visible_keys(

@@ -40,7 +40,9 @@ def _inside(start, limit, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.cons
 
 
 @triton.jit
-def _load(x, batch, head, start, limit, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+def _load(
+    x, batch, head, start, limit, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr
+):
     """Rows start..start+BLOCK of x[batch, head]: [limit, D], zeros beyond it (rows beyond only where EDGE)."""
     pointers = _pointers(x, batch, head, start, BLOCK, BLOCK_D)
     if EDGE or BLOCK_D != D:
@@ -65,10 +67,15 @@ def _inverse_temperature(t, head, rows, query_len):
 
 
 @triton.jit
+def _keys_of(mask, batch, columns):
+    return mask[0] + tl.cast(batch, tl.int64) * mask[1] + columns * mask[2]
+
+
+@triton.jit
 def _visible(rows, columns, query_len, key_len, mask, batch, CAUSAL: tl.constexpr):
     seen = columns < key_len
     if mask is not None:
-        seen = seen & (tl.load(mask[0] + tl.cast(batch, tl.int64) * mask[1] + columns * mask[2], mask=seen, other=0) != 0)
+        seen = seen & (tl.load(_keys_of(mask, batch, columns), mask=seen, other=0) != 0)
     visible = seen[None, :] & (rows >= 0)[:, None]
     if CAUSAL:  # the queries are the last positions of the keys
         visible = visible & (columns[None, :] <= rows[:, None] + (key_len - query_len))
@@ -77,7 +84,7 @@ def _visible(rows, columns, query_len, key_len, mask, batch, CAUSAL: tl.constexp
 
 @triton.jit
 def _key_range(first, query_len, key_len, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(inner, high) for a block of rows: it sees every key below inner, a multiple of BLOCK_N, and none from high on."""
+    """(inner, high) for a block of rows: it sees all keys below inner, a multiple of BLOCK_N, and none from high on."""
     inner, high = key_len, key_len
     if CAUSAL:
         inner = tl.minimum(tl.maximum(first + 1 + key_len - query_len, 0), key_len)
@@ -213,7 +220,8 @@ def dkv_kernel(
     if CAUSAL:
         diagonal = first - (key_len - query_len)
         low = tl.maximum(diagonal, 0) // BLOCK_M * BLOCK_M
-        inner = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(diagonal + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M, query_len), low)
+        inner = tl.cdiv(tl.maximum(diagonal + BLOCK_N - 1, 0), BLOCK_M) * BLOCK_M
+        inner = tl.maximum(tl.minimum(inner, query_len), low)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         for EDGE in tl.static_range(1 if CAUSAL else 0, -1, -1):
@@ -239,7 +247,7 @@ def dkv_kernel(
                 dk_acc = tl.dot(dz.to(q_tile.dtype), q_tile, dk_acc, input_precision=DOT)
     seen = keys >= 0
     if mask is not None:
-        seen = tl.load(mask[0] + tl.cast(batch, tl.int64) * mask[1] + keys * mask[2], mask=keys < key_len, other=0) != 0
+        seen = tl.load(_keys_of(mask, batch, keys), mask=keys < key_len, other=0) != 0
     _store(dk, batch, kv_head, first, key_len, tl.where(seen[:, None], dk_acc * scale, 0.0), D, BLOCK_N, BLOCK_D)
     if do is not None:
         _store(dv, batch, kv_head, first, key_len, tl.where(seen[:, None], dv_acc, 0.0), D, BLOCK_N, BLOCK_D)

@@ -55,8 +55,18 @@ SHORT_BACKWARD = _autotuned(
 )  # fmt: skip
 
 
-def _launch(kernel, programs, query: Tensor, key: Tensor, scale: float, causal: bool, present: tuple, **arguments):
-    (_, heads, query_len, head_dim), (_, kv_heads, key_len, _) = query.shape, key.shape
+def _launch(kernel, split, query: Tensor, key: Tensor, scale: float, causal: bool, present: tuple, **arguments):
+    """Run `kernel` with a program for every block of queries (split "BLOCK_M"), of keys ("BLOCK_N"), or for all (None).
+
+    `present` are the optional arguments that decide what is compiled, and so what has to be tuned anew.
+    """
+    (batch, heads, query_len, head_dim), (_, kv_heads, key_len, _) = query.shape, key.shape
+
+    def programs(meta: dict) -> tuple[int]:
+        if split == "BLOCK_M":
+            return (batch * heads * triton.cdiv(query_len, meta["BLOCK_M"]),)
+        return (batch * kv_heads * (triton.cdiv(key_len, meta["BLOCK_N"]) if split else 1),)
+
     longest = max(query_len, key_len)
     length_class = sum(longest > bound for bound in (SHORT, 1024, 4096))
     kind = (query.dtype.itemsize, length_class, *(int(x is not None) for x in present))
@@ -110,11 +120,11 @@ def attention(query, key, value, temperature, mask, scale, causal):
     temperature: [H, T_q] float32 or None; mask: [B, T_k] boolean or None. Shapes are checked by the caller.
     """
     output, entropy, lse = _forward_results(query, value)
-    _launch(
-        FORWARD, lambda meta: (query.shape[0] * query.shape[1] * triton.cdiv(query.shape[2], meta["BLOCK_M"]),),
-        query, key, scale, causal, (value, temperature, mask), q=_operand(query), k=_operand(key), v=_operand(value),
-        t=_rows(temperature), mask=_rows(mask), out=None if value is None else _matrix(output), entropy=entropy, lse=lse,
-    )  # fmt: skip
+    arguments = {
+        "q": _operand(query), "k": _operand(key), "v": _operand(value), "t": _rows(temperature), "mask": _rows(mask),
+        "out": None if value is None else _matrix(output), "entropy": entropy, "lse": lse,
+    }  # fmt: skip
+    _launch(FORWARD, "BLOCK_M", query, key, scale, causal, (value, temperature, mask), **arguments)
     return output, entropy, lse
 
 
@@ -164,17 +174,14 @@ def attention_backward(
     to_keys = {"dk": _matrix(dk), "dv": None if grad_output is None else _matrix(dv)}
     to_rows = {"dq": _matrix(dq), "dt": dt}
     call = (query, key, scale, causal, (temperature, mask, grad_output, grad_entropy))
-    (batch, heads, query_len, head_dim), (_, kv_heads, key_len, _) = query.shape, key.shape
     if _is_short(query, key):
-        blocks = {"BLOCK_M": _block(query_len), "BLOCK_N": _block(key_len)}
-        _launch(SHORT_BACKWARD, (batch * kv_heads,), *call, **arguments, **to_rows, **to_keys, **blocks)
+        blocks = {"BLOCK_M": _block(query.shape[2]), "BLOCK_N": _block(key.shape[2])}
+        _launch(SHORT_BACKWARD, None, *call, **arguments, **to_rows, **to_keys, **blocks)
     else:
         shift = torch.empty_like(lse)
         output = None if grad_output is None else _operand(output)
-        row_programs = lambda meta: (batch * heads * triton.cdiv(query_len, meta["BLOCK_M"]),)
-        key_programs = lambda meta: (batch * kv_heads * triton.cdiv(key_len, meta["BLOCK_N"]),)
-        _launch(DQ, row_programs, *call, **arguments, **to_rows, out=output, entropy=entropy, shift=shift)
-        _launch(DKV, key_programs, *call, **arguments, **to_keys, shift=shift)
+        _launch(DQ, "BLOCK_M", *call, **arguments, **to_rows, out=output, entropy=entropy, shift=shift)
+        _launch(DKV, "BLOCK_N", *call, **arguments, **to_keys, shift=shift)
     return grads
 
 
