@@ -6,7 +6,7 @@ The core (entropy, regularisation, attention, models) needs torch and transforme
 
 from importlib import import_module
 
-from entropy_lib.attention import entropy_attention
+from entropy_lib.attention import entropy_attention, entropy_of_attention
 from entropy_lib.entropy import attention_entropy, diagnose, entropy_bands, entropy_from_logits, max_entropy
 from entropy_lib.folding import fold_for_inference
 from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel, build_model
@@ -33,6 +33,7 @@ __all__ = [
     "entropy_attention",
     "entropy_bands",
     "entropy_from_logits",
+    "entropy_of_attention",
     "fold_for_inference",
     "max_entropy",
     *_WORKSHOP,
