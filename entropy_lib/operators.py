@@ -145,13 +145,15 @@ def _block(length: int) -> int:
 
 
 def _is_short(query: Tensor, key: Tensor) -> bool:
-    """Whether `short_kernel` takes it: four operands and a weight matrix lie in shared memory at once."""
-    rows, columns, channels = _block(query.shape[2]), _block(key.shape[2]), _block(query.shape[3])
+    """Whether `short_kernel` takes it: its tiles must fit the shared memory (and the registers) of the GPU at once."""
+    rows, columns, channels = (_block(n) for n in (query.shape[2], key.shape[2], query.shape[3]))
     if max(query.shape[2], key.shape[2]) > SHORT or INTERPRET:
         return max(query.shape[2], key.shape[2]) <= SHORT
-    elements = 2 * (rows + columns) * channels + rows * columns
-    shared = torch.cuda.get_device_properties(query.device).shared_memory_per_block_optin
-    return query.dtype.itemsize == 2 and 2 * elements <= shared
+    grouped = query.shape[1] != key.shape[1]  # then both a and dz stay there, not one after the other
+    elements = 2 * (rows + columns) * channels + (2 if grouped else 1) * rows * columns
+    gpu = torch.cuda.get_device_properties(query.device)
+    fits = 2 * elements <= gpu.shared_memory_per_block_optin and (channels <= 64 or gpu.major >= 9)
+    return fits and query.dtype.itemsize == 2
 
 
 @torch.library.custom_op(
