@@ -135,7 +135,8 @@ def measure(function, has_entropy, batch, query_len, quick):
     forward_ms = replayed_ms(lambda: function(*inputs), quick)
     flops = 4 * batch * HEADS * query_len**2 * DIM / 2  # half of the square is causal; backward counts 2.5 times that
     return {
-        "step_ms": both, "launched_step_ms": launched, "forward_ms": forward_ms, "peak_extra_gib": peak / 2**30, "entropy": has_entropy,
+        "step_ms": both, "launched_step_ms": launched, "forward_ms": forward_ms,
+        "peak_extra_gib": peak / 2**30, "entropy": has_entropy,
         "step_tflops": 3.5 * flops / both / 1e9, "forward_tflops": flops / forward_ms / 1e9,
     }  # fmt: skip
 
@@ -282,7 +283,8 @@ def table(report):
         if "failed" in row:
             print(f"{size:>10}  {row['name']:22} {row['failed'][:60]}")
         elif "step_ms" in row:
-            numbers = f"{row['step_ms']:9.3f} {row['launched_step_ms']:9.3f} {row['forward_ms']:8.3f} {row['peak_extra_gib']:7.2f}"
+            numbers = f"{row['step_ms']:9.3f} {row['launched_step_ms']:9.3f} {row['forward_ms']:8.3f}"
+            numbers += f" {row['peak_extra_gib']:7.2f}"
             print(f"{size:>10}  {row['name']:22} {numbers} {row['step_tflops']:8.1f}")
         else:
             print(f"{size:>10}  {row['name']:22} {'':19} {row['forward_ms']:8.3f}")
