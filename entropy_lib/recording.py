@@ -134,10 +134,10 @@ def entropy_attention_forward(
     """`attend` with transformers' signature: output [B, T, H, D] and no weights.
 
     Raises ValueError for what has no entropy of this form: soft-capped logits, sinks, position biases, paged caches,
-    chosen keys, and unknown floating-point arguments.
+    chosen keys, and unknown floating-point tensors.
     """
     for name, argument in kwargs.items():
-        unknown = isinstance(argument, Tensor) and argument.is_floating_point()
+        unknown = isinstance(argument, Tensor) and argument.is_floating_point() and argument.dim() > 0
         if argument is not None and (name in CHANGES_LOGITS or unknown):
             raise ValueError(
                 f"{type(module).__name__} passes {name!r} to its attention, which may change the weights in a way "
