@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from entropy_lib.recording import attend
+from entropy_lib.interface import attend
 from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
 from entropy_lib.weight_normalization import iterate_spectral_norms, normalize_weights
 

@@ -21,8 +21,8 @@ ROWS = [
     "entropy kernels",
     "regularization variants operators",
     "attention weight_normalization",
-    "recording",
-    "modeling",
+    "interface",
+    "recording modeling",
     "folding",
 ]
 CORE = {name: row for row, names in enumerate(ROWS) for name in names.split()}
