@@ -7,7 +7,12 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_causal_mask_function
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from entropy_lib import EntropyRegularization, attention_entropy, entropy_attention, entropy_callback, record_entropy
 from entropy_lib.interface import attend, entropy_attention_forward, entropy_mask, listeners
@@ -315,15 +320,20 @@ def test_the_mask_is_compact_only_where_that_is_exact():
     assert torch.equal(entropy_mask(**{**common, "attention_mask": padded}), padded)
     assert torch.equal(entropy_mask(**{**common, "q_length": 2, "q_offset": 4}), ones)
     assert entropy_mask(**{**common, "q_length": 1, "q_offset": 5}) is None
+    everything = {**common, "mask_function": bidirectional_mask_function, "allow_is_causal_skip": False}
+    assert entropy_mask(**everything, allow_is_bidirectional_skip=True) is None
+    keys = entropy_mask(**{**everything, "attention_mask": padded}, allow_is_bidirectional_skip=True)
+    assert torch.equal(keys, padded[:, None, None])
     window = {**common, "mask_function": sliding_window_causal_mask_function(4), "local_size": 4}
     assert entropy_mask(**{**common, "mask_function": sliding_window_causal_mask_function(9), "local_size": 9}) is None
     for whole in (
+        everything,
         window,
         {**common, "allow_is_causal_skip": False},
         {**common, "q_length": 3},
         {**common, "q_length": 3, "q_offset": torch.tensor(3)},
         {**common, "kv_length": 8},
-        {**common, "q_offset": 2, "kv_offset": 2},
+        {**common, "q_length": 3, "q_offset": 3, "kv_offset": 2},
         {**common, "mask_function": lambda *index: causal_mask_function(*index)},
     ):
         mask = entropy_mask(**whole)
@@ -359,6 +369,11 @@ def test_one_pass_with_gradients_is_kept_and_all_without():
             for _ in range(3):
                 model(**batch("none"))
         assert len(recorder.passes) == 3
+    with record_entropy(model, mean=True) as recorder:
+        for _ in range(3):
+            model(**batch("none"))
+        assert len(recorder.passes) == 3
+        assert not recorder.entropies[0].requires_grad
 
 
 @pytest.mark.parametrize("variant", ["SM+LN+G", "EReg(SM(t)+ScFuFFN)"])
