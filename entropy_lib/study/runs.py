@@ -27,7 +27,8 @@ class RunRecord:
     not finite; `entropy` the mean over validation of every head's entropy, [L][H] in nats. `history` has one
     row a recorded step: step, tokens, loss, penalty, eval_loss (NaN between evaluations), entropy [L, H] of the
     training batch, thresholds θ [L, H], temperatures t [L, H] (mean over positions), alpha and beta [L], learning_rate,
-    grad_norm, skipped (non-finite steps so far), seconds.
+    grad_norm, skipped (non-finite steps so far), seconds. `minutes` and `tokens_per_second` include compilation and
+    evaluation; `peak_memory_gib` is GPU memory, 0 on a CPU.
     """
 
     variant: str
@@ -49,11 +50,11 @@ class RunRecord:
     context_length: int
     vocab_size: int
     processes: int
-    entropy: list[list[float]]
-    recipe: dict
-    model_config: dict
-    command: str
-    versions: dict[str, str]
+    entropy: list[list[float]] = field(repr=False)
+    recipe: dict = field(repr=False)
+    model_config: dict = field(repr=False)
+    command: str = field(repr=False)
+    versions: dict[str, str] = field(repr=False)
     history: pd.DataFrame = field(repr=False)
     model: object = field(default=None, repr=False, compare=False)  # the trained model, not written to disk
 
