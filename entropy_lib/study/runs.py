@@ -15,15 +15,15 @@ import pyarrow.parquet as pq
 
 from entropy_lib.entropy import entropy_bands
 
-STATUSES = ("finished", "collapsed", "interrupted")
+STATUSES = ("finished", "collapsed")
 
 
 @dataclass
 class RunRecord:
     """One training run: a JSON summary and a Parquet history.
 
-    `status` is "finished", "collapsed" (non-finite steps in a row ended it; the last finite entropies are kept)
-    or "interrupted". `eval_loss` is the mean cross-entropy on validation blocks in nats a token, None if it is
+    `status` is "finished" or "collapsed" (non-finite steps in a row ended it, or the validation loss is not finite;
+    the last finite entropies are kept). `eval_loss` is the mean cross-entropy on validation blocks in nats a token, None if it is
     not finite; `entropy` the mean over validation of every head's entropy, [L][H] in nats. `history` has one
     row a recorded step: step, tokens, loss, penalty, eval_loss (NaN between evaluations), entropy [L, H] of the
     training batch, thresholds θ [L, H], temperatures t [L, H] (mean over positions), alpha and beta [L], learning_rate,
