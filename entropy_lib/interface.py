@@ -129,7 +129,7 @@ def entropy_attention_forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """`attend` with transformers' signature: output [B, T, H, D] and no weights.
+    """`attend` with transformers' signature: output [B, T, H, D] and no weights; sdpa while nobody listens.
 
     Raises ValueError for what has no entropy of this form: soft-capped logits, sinks, position biases, paged caches,
     chosen keys, and unknown floating-point tensors.
@@ -142,6 +142,14 @@ def entropy_attention_forward(
                 "that 'entropy' does not compute. Use attn_implementation='eager' with output_attentions=True and "
                 "attention_entropy(weights)."
             )
+    if not listeners:  # nobody wants the entropy
+        visible = attention_mask
+        if visible is not None and visible.dim() == 2:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            visible = _visible_keys(visible, causal, query.shape[2], key.shape[2], query.device)
+        return sdpa_attention_forward(
+            module, query, key, value, visible, dropout=dropout, scaling=scaling, is_causal=is_causal
+        )
     return attend(module, query, key, value, attention_mask, dropout, scaling, is_causal)[0], None
 
 

@@ -237,6 +237,9 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # labels are shifted: the Trainer counts T-1 targets a sequence, not T
         self.post_init()
+        if config._attn_implementation == "sdpa":
+            # The same without entropies; with them its masks stay small, under torch.compile too, for the fused kernel.
+            self.set_attn_implementation("entropy")
 
     @can_return_tuple
     def forward(
