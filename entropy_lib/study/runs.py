@@ -23,9 +23,9 @@ class RunRecord:
     """One training run: a JSON summary and a Parquet history.
 
     `status` is "finished" or "collapsed" (non-finite steps in a row ended it, or the validation loss is not finite;
-    the last finite entropies are kept). `eval_loss` is the mean cross-entropy on validation blocks in nats a token, None if it is
-    not finite; `entropy` the mean over validation of every head's entropy, [L][H] in nats. `history` has one
-    row a recorded step: step, tokens, loss, penalty, eval_loss (NaN between evaluations), entropy [L, H] of the
+    the last finite entropies are kept). `eval_loss` is the mean cross-entropy on validation blocks in nats a token,
+    None if it is not finite; `entropy` the mean over validation of every head's entropy, [L][H] in nats. `history`
+    has one row a recorded step: step, tokens, loss, penalty, eval_loss (NaN between evaluations), entropy [L, H] of the
     training batch, thresholds θ [L, H], temperatures t [L, H] (mean over positions), alpha and beta [L], learning_rate,
     grad_norm, skipped (non-finite steps so far), seconds. `minutes` and `tokens_per_second` include compilation and
     evaluation; `peak_memory_gib` is GPU memory, 0 on a CPU.
