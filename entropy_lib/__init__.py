@@ -6,10 +6,11 @@ The core (entropy, regularisation, attention, models) needs torch and transforme
 
 from importlib import import_module
 
-from entropy_lib.attention import entropy_attention
+from entropy_lib.attention import entropy_attention, entropy_of_attention
 from entropy_lib.entropy import attention_entropy, diagnose, entropy_bands, entropy_from_logits, max_entropy
 from entropy_lib.folding import fold_for_inference
 from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel, build_model
+from entropy_lib.recording import entropy_callback, record_entropy
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.variants import VARIANTS, Variant
 
@@ -32,9 +33,12 @@ __all__ = [
     "diagnose",
     "entropy_attention",
     "entropy_bands",
+    "entropy_callback",
     "entropy_from_logits",
+    "entropy_of_attention",
     "fold_for_inference",
     "max_entropy",
+    "record_entropy",
     *_WORKSHOP,
 ]
 

@@ -9,6 +9,14 @@ from torch import Tensor
 
 from entropy_lib.entropy import log_softmax_and_softmax
 
+try:
+    from entropy_lib import operators
+except ImportError:  # no Triton: everything else works, on the eager path
+    operators = None
+
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+TRITON_HEAD_DIMS = (16, 128)
+
 
 def entropy_attention(
     query: Tensor,
@@ -31,41 +39,124 @@ def entropy_attention(
         scale: factor on the logits, 1/sqrt(D) if None.
         causal: query i sees the keys up to position i + T_k - T_q.
         mask: boolean, True where a key takes part: [B, T_k], or broadcastable to [B, H, T_q, T_k].
-        backend: "eager" materialises the T_q×T_k weights in float32 (float64 for float64 inputs); "auto" picks
-            the best backend available, here "eager".
+        backend: "triton" never holds the T_q×T_k weights: a fused kernel, for CUDA GPUs from compute capability
+            8.0 on, float16, bfloat16 or float32, D from 16 to 128, masks of shape [B, T_k]; no second derivative.
+            "eager" materialises the weights in float32 (float64 for float64 inputs) and takes everything.
+            "auto" is "triton" where that works, else "eager".
 
     Returns:
         output [B, H, T_q, D] in the dtype of `query`, entropy [B, H, T_q] in nats, float32 or better.
         A row whose keys are all masked gives output 0 and entropy 0.
-    """
-    if backend not in ("auto", "eager"):
-        raise ValueError(f"backend must be 'auto' or 'eager', got {backend!r}")
-    _check_shapes(query, key, value, temperature)
-    _, heads, query_len, head_dim = query.shape
-    key_len = key.shape[2]
-    groups = heads // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
-    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    Raises:
+        ValueError: shapes that do not fit together, a mask that is not boolean, an unknown backend, or "triton" for
+            something it does not support (the message says what).
+    """
+    _check_shapes(query, key, value, temperature, mask)
+    if _use_triton(backend, query, key, value, mask):
+        output, entropy, _ = _fused(query, key, value, temperature, scale, causal, mask)
+        return output, entropy
+    log_weights, weights = _weights(query, key, temperature, scale, causal, mask)
     with torch.autocast(query.device.type, enabled=False):
-        logits = query.to(dtype) @ key.to(dtype).transpose(-1, -2)  # [B, H, T_q, T_k]
-        logits = logits * (1 / math.sqrt(head_dim) if scale is None else scale)
-        if temperature is not None:
-            logits = logits / (temperature[:, None, None] if temperature.dim() == 1 else temperature[..., None])
-        visible = _visible_keys(mask, causal, query_len, key_len, query.device)
-        log_weights, weights = log_softmax_and_softmax(logits, visible)
         entropy = -(weights * log_weights).sum(-1)
-        output = weights @ value.to(dtype)
+        output = weights @ _repeat_heads(value, query.shape[1]).to(weights.dtype)
     return output.to(query.dtype), entropy
 
 
-def _check_shapes(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor | None) -> None:
-    if query.dim() != 4 or key.dim() != 4 or key.shape != value.shape:
-        raise ValueError(
-            "expected query [B, H, T_q, D] and key, value [B, H_kv, T_k, D]; got "
-            f"{list(query.shape)}, {list(key.shape)}, {list(value.shape)}"
-        )
+def entropy_of_attention(
+    query: Tensor,
+    key: Tensor,
+    temperature: Tensor | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Only the entropy of `entropy_attention`, [B, H, T_q] in nats, with its gradients: no values are read.
+
+    For statistics of a frozen model, call it under `torch.no_grad()`. Arguments and errors as there.
+    """
+    _check_shapes(query, key, None, temperature, mask)
+    if _use_triton(backend, query, key, None, mask):
+        return _fused(query, key, None, temperature, scale, causal, mask)[1]
+    log_weights, weights = _weights(query, key, temperature, scale, causal, mask)
+    return -(weights * log_weights).sum(-1)
+
+
+def _weights(
+    query: Tensor, key: Tensor, temperature: Tensor | None, scale: float | None, causal: bool, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(log A, A), both 0 where masked: [B, H, T_q, T_k], float32 or float64."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    with torch.autocast(query.device.type, enabled=False):
+        logits = query.to(dtype) @ _repeat_heads(key, query.shape[1]).to(dtype).transpose(-1, -2)
+        logits = logits * _scale(scale, query)
+        if temperature is not None:
+            logits = logits / (temperature[:, None, None] if temperature.dim() == 1 else temperature[..., None])
+        return log_softmax_and_softmax(logits, _visible_keys(mask, causal, query.shape[2], key.shape[2], query.device))
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    temperature: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    mask: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if temperature is not None:
+        temperature = temperature.float()
+        temperature = (temperature[:, None] if temperature.dim() == 1 else temperature).expand(query.shape[1:3])
+    if mask is not None:
+        mask = mask.expand(query.shape[0], key.shape[2])
+    return torch.ops.entropy_lib.attention(query, key, value, temperature, mask, _scale(scale, query), causal)
+
+
+def _scale(scale: float | None, query: Tensor) -> float:
+    return 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _use_triton(backend: str, query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> bool:
+    if backend not in ("auto", "eager", "triton"):
+        raise ValueError(f"backend must be 'auto', 'triton' or 'eager', got {backend!r}")
+    if backend == "eager" or (backend == "auto" and query.device.type != "cuda"):
+        return False
+    obstacle = _triton_obstacle(query, key, value, mask)
+    if backend == "triton" and obstacle is not None:
+        raise ValueError(f"backend 'triton' {obstacle}; use 'eager' or 'auto'")
+    return obstacle is None
+
+
+def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> str | None:
+    dtypes = {x.dtype for x in (query, key, value) if x is not None}
+    smallest, largest = TRITON_HEAD_DIMS
+    if operators is None:
+        return "needs the package triton, which is not installed"
+    if query.device.type != "cuda" and not operators.INTERPRET:
+        return f"needs CUDA tensors (or TRITON_INTERPRET=1, set before the import), got {query.device}"
+    if query.device.type == "cuda" and torch.cuda.get_device_properties(query.device).major < 8:
+        return "needs a GPU of compute capability 8.0 or more"
+    if len(dtypes) > 1 or query.dtype not in TRITON_DTYPES:
+        names = ", ".join(sorted(map(str, dtypes)))
+        return f"needs query, key and value of one dtype, float16, bfloat16 or float32; got {names}"
+    if not smallest <= query.shape[-1] <= largest:
+        return f"needs a head size from {smallest} to {largest}, got {query.shape[-1]}"
+    if mask is not None and mask.dim() != 2:
+        return f"needs a mask of shape [B, T_k], got {list(mask.shape)}"
+    return None
+
+
+def _check_shapes(
+    query: Tensor, key: Tensor, value: Tensor | None, temperature: Tensor | None, mask: Tensor | None
+) -> None:
+    if query.dim() != 4 or key.dim() != 4 or (value is not None and key.shape != value.shape):
+        shapes = ", ".join(str(list(x.shape)) for x in (query, key, value) if x is not None)
+        raise ValueError(f"expected query [B, H, T_q, D] and key, value [B, H_kv, T_k, D]; got {shapes}")
     if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or query.shape[1] % key.shape[1]:
         raise ValueError(
             f"query {list(query.shape)} and key {list(key.shape)} must agree in batch and head size, and the query "
@@ -74,14 +165,17 @@ def _check_shapes(query: Tensor, key: Tensor, value: Tensor, temperature: Tensor
     shapes = ([query.shape[1]], [query.shape[1], query.shape[2]])
     if temperature is not None and list(temperature.shape) not in shapes:
         raise ValueError(f"temperature must have shape {shapes[0]} or {shapes[1]}, got {list(temperature.shape)}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"mask must be boolean, True where a key takes part; got {mask.dtype}")
+    wanted = [query.shape[0], key.shape[2]]
+    if mask is not None and mask.dim() == 2 and list(mask.shape) not in (wanted, [1, wanted[1]]):
+        raise ValueError(f"a mask of keys must have shape {wanted}, got {list(mask.shape)}")
 
 
 def _visible_keys(
     mask: Tensor | None, causal: bool, query_len: int, key_len: int, device: torch.device
 ) -> Tensor | None:
     """Boolean, broadcastable to [B, H, T_q, T_k]; None where every key is visible."""
-    if mask is not None and mask.dtype != torch.bool:
-        raise ValueError(f"mask must be boolean, True where a key takes part; got {mask.dtype}")
     visible = mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
     if causal and query_len > 1:
         triangle = torch.ones(query_len, key_len, dtype=torch.bool, device=device).tril(key_len - query_len)

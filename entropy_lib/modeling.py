@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
-from entropy_lib.attention import entropy_attention
+from entropy_lib.interface import attend
 from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
 from entropy_lib.weight_normalization import iterate_spectral_norms, normalize_weights
 
@@ -134,32 +134,19 @@ class EntropyGPT2Attention(GPT2Attention):
         entropy = attention_weights = None
         implementation = self.config._attn_implementation
         if output_entropies:
-            output, entropy = self._attention_with_entropy(query, key, value, attention_mask, implementation)
+            if implementation not in ("entropy", "sdpa", "eager"):
+                raise ValueError(
+                    "output_entropies needs attn_implementation 'entropy', 'sdpa' or 'eager', whose masks it can "
+                    f"read; got {implementation!r}. Call model.set_attn_implementation('entropy')."
+                )
+            output, entropy = attend(self, query, key, value, attention_mask, scaling=self.scaling)
         else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-            output, attention_weights = attend(
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            output, attention_weights = attention(
                 self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
             )
         output = self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return self.resid_dropout(output), attention_weights, entropy
-
-    def _attention_with_entropy(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, implementation: str
-    ) -> tuple[Tensor, Tensor]:
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"output_entropies needs attn_implementation 'sdpa' or 'eager', whose masks it can read; got "
-                f"{implementation!r}. Call model.set_attn_implementation('sdpa')."
-            )
-        query_len = query.shape[2]
-        if attention_mask is None and key.shape[2] > query_len > 1:  # prefill of a static cache: the rest is empty
-            key, value = key[:, :, :query_len], value[:, :, :query_len]
-        if attention_mask is not None and attention_mask.dtype != torch.bool:
-            attention_mask = attention_mask == 0  # eager's additive mask
-        output, entropy = entropy_attention(
-            query, key, value, scale=self.scaling, causal=attention_mask is None, mask=attention_mask
-        )
-        return output.transpose(1, 2), entropy
 
 
 class EntropyGPT2Block(GPT2Block):
@@ -250,6 +237,9 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"  # labels are shifted: the Trainer counts T-1 targets a sequence, not T
         self.post_init()
+        if config._attn_implementation == "sdpa":
+            # The same without entropies; with them its masks stay small, under torch.compile too, for the fused kernel.
+            self.set_attn_implementation("entropy")
 
     @can_return_tuple
     def forward(

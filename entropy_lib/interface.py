@@ -1,0 +1,166 @@
+"""The attention implementation "entropy" for any transformers model, registered when this module is imported.
+
+It is the model's own attention, computed by `entropy_attention`; each layer's entropy goes to whoever listens
+(`record_entropy`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+
+from entropy_lib.attention import _visible_keys, entropy_attention, entropy_of_attention
+
+# Arguments of transformers' attention functions that change the logits, or which keys there are.
+CHANGES_LOGITS = "softcap s_aux sinks position_bias alibi attention_bias head_mask cache indices block_indices".split()
+
+# Called with (layer, entropy, mask, causal) by every layer of the running forward pass; none while checkpointing
+# recomputes one.
+listeners: list = []
+
+
+def entropy_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function=causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    **kwargs,
+) -> Tensor | None:
+    """The mask for "entropy", as small as it can be, so that the fused kernel takes it.
+
+    Where the queries are the last positions of the keys and the pattern is plainly causal (or a window that no key
+    falls out of): None, or [B, kv_length] if a key is padded or queries follow a cache. Where it is plainly
+    bidirectional: None or [B, 1, 1, kv_length]. Anything else: `sdpa_mask`'s [B, 1, q_length, kv_length].
+    Boolean, True where a key takes part.
+    """
+    in_window = local_size is not None and kv_length < local_size
+    causal = allow_is_causal_skip and (mask_function is causal_mask_function or in_window)
+    everything = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or in_window)
+    keys_fit = kv_offset == 0 and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
+    aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_length
+    if keys_fit and (everything or (causal and aligned)):
+        padding = attention_mask
+        if padding is not None and not torch.compiler.is_compiling() and padding.all():
+            padding = None
+        if everything:
+            return None if padding is None else padding.bool()[:, None, None, :]
+        if padding is None and (q_length == 1 or q_length == kv_length):
+            return None
+        if padding is None:  # None would mean what it does to sdpa: the first q_length keys
+            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+        return padding.bool()
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        allow_is_bidirectional_skip=False,
+        **kwargs,
+    )
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One attention layer, reported to the listeners.
+
+    Args:
+        module: the layer, for its `is_causal` and for messages.
+        query, key, value: [B, H, T, D] and [B, H_kv, T_k, D].
+        attention_mask: None, keys [B, T_k] (with causality on top if the layer is causal), or a whole mask
+            broadcastable to [B, H, T, T_k]: boolean, or additive with nothing but 0 and very negative values.
+        dropout: above 0, the output comes from `scaled_dot_product_attention` with this dropout, while the entropy
+            is that of the weights before dropout.
+
+    Returns: output [B, T, H, D], entropy [B, H, T] in nats.
+    """
+    mask, causal = attention_mask, getattr(module, "is_causal", True) if is_causal is None else is_causal
+    query_len, key_len = query.shape[2], key.shape[2]
+    if mask is None and causal and key_len > query_len > 1:  # as in sdpa: the rest of a static cache is still empty
+        key, value, key_len = key[:, :, :query_len], value[:, :, :query_len], query_len
+    if mask is not None and mask.dtype != torch.bool:
+        mask = _visible_where_added(mask, module)
+    if mask is not None and mask.dim() == 4:
+        causal = False
+        if mask.shape[1:] == (1, 1, key_len):
+            mask = mask[:, 0, 0]
+    if dropout > 0 or value.shape != key.shape:
+        visible = _visible_keys(mask, causal, query_len, key_len, query.device)
+        output = sdpa_attention_forward(
+            module, query, key, value, visible, dropout=dropout, scaling=scaling, is_causal=False
+        )[0]
+        entropy = entropy_of_attention(query, key, scale=scaling, causal=causal, mask=mask)
+    else:
+        output, entropy = entropy_attention(query, key, value, scale=scaling, causal=causal, mask=mask)
+        output = output.transpose(1, 2)
+    for listen in listeners:
+        listen(module, entropy, mask, causal)
+    return output, entropy
+
+
+def entropy_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """`attend` with transformers' signature: output [B, T, H, D] and no weights; sdpa while nobody listens.
+
+    Raises ValueError for what has no entropy of this form: soft-capped logits, sinks, position biases, paged caches,
+    chosen keys, and unknown floating-point tensors.
+    """
+    for name, argument in kwargs.items():
+        unknown = isinstance(argument, Tensor) and argument.is_floating_point() and argument.dim() > 0
+        if argument is not None and (name in CHANGES_LOGITS or unknown):
+            raise ValueError(
+                f"{type(module).__name__} passes {name!r} to its attention, which may change the weights in a way "
+                "that 'entropy' does not compute. Use attn_implementation='eager' with output_attentions=True and "
+                "attention_entropy(weights)."
+            )
+    if not listeners:  # nobody wants the entropy
+        visible = attention_mask
+        if visible is not None and visible.dim() == 2:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            visible = _visible_keys(visible, causal, query.shape[2], key.shape[2], query.device)
+        return sdpa_attention_forward(
+            module, query, key, value, visible, dropout=dropout, scaling=scaling, is_causal=is_causal
+        )
+    return attend(module, query, key, value, attention_mask, dropout, scaling, is_causal)[0], None
+
+
+AttentionInterface.register("entropy", entropy_attention_forward)
+AttentionMaskInterface.register("entropy", entropy_mask)
+
+
+def _visible_where_added(mask: Tensor, module: nn.Module) -> Tensor:
+    if not mask.is_floating_point() or not ((mask == 0) | (mask <= -1e4)).all():
+        raise ValueError(
+            f"{type(module).__name__} got an attention mask of {mask.dtype} with values other than 0 and very "
+            "negative ones; 'entropy' needs a boolean mask, or an additive one that only hides keys"
+        )
+    return mask == 0
