@@ -129,7 +129,7 @@ def entropy_attention_forward(
     is_causal: bool | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """`attend` with transformers' signature: output [B, T, H, D] and no weights; sdpa while nobody listens.
+    """`attend` with transformers' signature: output [B, T, H, D] and no weights.
 
     Raises ValueError for what has no entropy of this form: soft-capped logits, sinks, position biases, paged caches,
     chosen keys, and unknown floating-point tensors.
@@ -142,19 +142,33 @@ def entropy_attention_forward(
                 "that 'entropy' does not compute. Use attn_implementation='eager' with output_attentions=True and "
                 "attention_entropy(weights)."
             )
-    if not listeners:  # nobody wants the entropy
-        visible = attention_mask
-        if visible is not None and visible.dim() == 2:
-            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            visible = _visible_keys(visible, causal, query.shape[2], key.shape[2], query.device)
-        return sdpa_attention_forward(
-            module, query, key, value, visible, dropout=dropout, scaling=scaling, is_causal=is_causal
-        )
     return attend(module, query, key, value, attention_mask, dropout, scaling, is_causal)[0], None
+
+
+def on_request_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    is_causal: bool | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """sdpa with the masks of "entropy": what `EntropyGPT2LMHeadModel` runs when nobody asks for entropies.
+
+    With `output_entropies` it calls `attend` on the same masks, which stay small enough for the fused kernel under
+    torch.compile too, where sdpa's own are always whole.
+    """
+    if attention_mask is not None and attention_mask.dim() == 2:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        attention_mask = _visible_keys(attention_mask, causal, query.shape[2], key.shape[2], query.device)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
 
 
 AttentionInterface.register("entropy", entropy_attention_forward)
 AttentionMaskInterface.register("entropy", entropy_mask)
+AttentionInterface.register("entropy_on_request", on_request_forward)
+AttentionMaskInterface.register("entropy_on_request", entropy_mask)
 
 
 def _visible_where_added(mask: Tensor, module: nn.Module) -> Tensor:

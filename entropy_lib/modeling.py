@@ -134,7 +134,7 @@ class EntropyGPT2Attention(GPT2Attention):
         entropy = attention_weights = None
         implementation = self.config._attn_implementation
         if output_entropies:
-            if implementation not in ("entropy", "sdpa", "eager"):
+            if implementation not in ("entropy_on_request", "entropy", "sdpa", "eager"):
                 raise ValueError(
                     "output_entropies needs attn_implementation 'entropy', 'sdpa' or 'eager', whose masks it can "
                     f"read; got {implementation!r}. Call model.set_attn_implementation('entropy')."
@@ -238,8 +238,7 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         self.loss_type = "ForCausalLM"  # labels are shifted: the Trainer counts T-1 targets a sequence, not T
         self.post_init()
         if config._attn_implementation == "sdpa":
-            # The same without entropies; with them its masks stay small, under torch.compile too, for the fused kernel.
-            self.set_attn_implementation("entropy")
+            self.set_attn_implementation("entropy_on_request")  # sdpa, with masks that suit the fused kernel too
 
     @can_return_tuple
     def forward(
