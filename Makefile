@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 
 # Two threads at most: the models of the smoke runs are too small to feed more.
 export OMP_NUM_THREADS ?= 2
-# Waiting threads sleep: on a busy machine spinning ones made the smoke runs six times slower.
+# Waiting threads sleep instead of spinning, for machines that run something else as well.
 export OMP_WAIT_POLICY ?= PASSIVE
 export JUPYTER_PLATFORM_DIRS := 1
 
