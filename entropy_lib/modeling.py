@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder
+from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
 
 from entropy_lib.interface import attend
 from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
@@ -212,6 +212,7 @@ class EntropyGPT2Model(GPT2Model):
             for block in self.h:  # after the initialisation, which writes plain weights
                 normalize_weights(block, config)
             self.register_forward_pre_hook(iterate_spectral_norms)
+        maybe_install_capturing_hooks(self)  # not at the first request, where it would break torch.compile's graph
 
 
 @dataclass
