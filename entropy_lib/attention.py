@@ -136,7 +136,7 @@ def _triton_obstacle(query: Tensor, key: Tensor, value: Tensor | None, mask: Ten
     dtypes = {x.dtype for x in (query, key, value) if x is not None}
     smallest, largest = TRITON_HEAD_DIMS
     if operators is None:
-        return "needs the package triton, which is not installed"
+        return "needs the package triton (3.4 or newer), which is not installed"
     if query.device.type != "cuda" and not operators.INTERPRET:
         return f"needs CUDA tensors (or TRITON_INTERPRET=1, set before the import), got {query.device}"
     if query.device.type == "cuda" and torch.cuda.get_device_properties(query.device).major < 8:

@@ -119,17 +119,10 @@ def attend(
 
 
 def entropy_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
-    """`attend` with transformers' signature: output [B, T, H, D] and no weights.
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
+    scaling: float | None = None, is_causal: bool | None = None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """`attend` with the signature of transformers' attention functions: output [B, T, H, D] and no weights.
 
     Raises ValueError for what has no entropy of this form: soft-capped logits, sinks, position biases, paged caches,
     chosen keys, and unknown floating-point tensors.
@@ -145,15 +138,10 @@ def entropy_attention_forward(
     return attend(module, query, key, value, attention_mask, dropout, scaling, is_causal)[0], None
 
 
-def on_request_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    is_causal: bool | None = None,
-    **kwargs,
-) -> tuple[Tensor, None]:
+def attention_on_request_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    is_causal: bool | None = None, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
     """sdpa with the masks of "entropy": what `EntropyGPT2LMHeadModel` runs when nobody asks for entropies.
 
     With `output_entropies` it calls `attend` on the same masks, which stay small enough for the fused kernel under
@@ -167,7 +155,7 @@ def on_request_forward(
 
 AttentionInterface.register("entropy", entropy_attention_forward)
 AttentionMaskInterface.register("entropy", entropy_mask)
-AttentionInterface.register("entropy_on_request", on_request_forward)
+AttentionInterface.register("entropy_on_request", attention_on_request_forward)
 AttentionMaskInterface.register("entropy_on_request", entropy_mask)
 
 

@@ -28,6 +28,8 @@ DOT = tl.constexpr("tf32x3")  # float32 products in three tf32 steps, near float
 
 # A matrix argument is a tuple (tensor, batch stride, head stride, row stride), or None; `t` and `mask` have one stride
 # less. What is None is compiled away. q, k, v are read in place, whatever the strides; only the last one must be 1.
+# Those that a kernel streams through may be tensor descriptors of blocks [1, 1, BLOCK, BLOCK_D] instead: from Hopper on
+# the copy engine (TMA) then loads them, zeros beyond the end, and leaves the registers to the arithmetic.
 @triton.jit
 def _pointers(x, batch, head, start, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     base = x[0] + tl.cast(batch, tl.int64) * x[1] + tl.cast(head, tl.int64) * x[2] + tl.cast(start, tl.int64) * x[3]
@@ -44,11 +46,13 @@ def _load(
     x, batch, head, start, limit, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr
 ):
     """Rows start..start+BLOCK of x[batch, head]: [limit, D], zeros beyond it (rows beyond only where EDGE)."""
-    pointers = _pointers(x, batch, head, start, BLOCK, BLOCK_D)
-    if EDGE or BLOCK_D != D:
-        tile = tl.load(pointers, mask=_inside(start, limit, D, BLOCK, BLOCK_D), other=0.0)
+    if isinstance(x, tl.tensor_descriptor):
+        tile = tl.reshape(x.load([batch, head, start, 0]), [BLOCK, BLOCK_D])
+    elif EDGE or BLOCK_D != D:
+        inside = _inside(start, limit, D, BLOCK, BLOCK_D)
+        tile = tl.load(_pointers(x, batch, head, start, BLOCK, BLOCK_D), mask=inside, other=0.0)
     else:
-        tile = tl.load(pointers)
+        tile = tl.load(_pointers(x, batch, head, start, BLOCK, BLOCK_D))
     return tile
 
 
@@ -201,10 +205,12 @@ def dkv_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of a block of keys, over the queries of all heads of its group; tiles are [keys, queries].
+    """dK and dV of a block of keys, over the queries of all heads of its group; tiles are [queries, keys].
 
-    Keys are rows here and never mix, so that masked ones and those past the end need no care until the store;
-    queries past the end have q = dO = e = c = 0 and add nothing.
+    Keys never mix here, so that masked ones and those past the end need no care until the store; queries past the end
+    have q = dO = e = c = 0 and add nothing. Both products that need no exponential come first, back to back, and
+    queries are the rows, so that a thread holds few of LSE, c and e: on an H200 at T = 8192 that is 14% faster than
+    tiles [keys, queries], although a and dz must then be transposed through shared memory.
     """
     blocks = tl.cdiv(key_len, BLOCK_N)
     first = tl.program_id(0) % blocks * BLOCK_N
@@ -231,20 +237,21 @@ def dkv_kernel(
                 inverse = _inverse_temperature(t, head, rows, query_len)
                 q_tile = _load(q, batch, head, start, query_len, D, BLOCK_M, BLOCK_D, True)
                 lse_rows = tl.load(lse + place, mask=inside, other=0.0)
-                x = tl.dot(k_tile, tl.trans(q_tile), input_precision=DOT) * (inverse * (scale * LOG2E))[None, :]
-                x = x - lse_rows[None, :]
-                if EDGE:
-                    x = tl.where(keys[:, None] <= rows[None, :] + (key_len - query_len), x, NOTHING)
-                p = tl.exp2(x)
-                dz = -tl.load(shift + place, mask=inside, other=0.0)[None, :]
-                if de is not None:
-                    dz = dz - (tl.load(de + place, mask=inside, other=0.0) * LN2)[None, :] * x
+                x = tl.dot(q_tile, tl.trans(k_tile), input_precision=DOT)
+                dz = -tl.load(shift + place, mask=inside, other=0.0)[:, None]
                 if do is not None:
                     do_tile = _load(do, batch, head, start, query_len, D, BLOCK_M, BLOCK_D, True)
-                    dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision=DOT)
-                    dz = dz + tl.dot(v_tile, tl.trans(do_tile), input_precision=DOT)
-                dz = p * dz * inverse[None, :]
-                dk_acc = tl.dot(dz.to(q_tile.dtype), q_tile, dk_acc, input_precision=DOT)
+                    dz = dz + tl.dot(do_tile, tl.trans(v_tile), input_precision=DOT)
+                x = x * (inverse * (scale * LOG2E))[:, None] - lse_rows[:, None]
+                if EDGE:
+                    x = tl.where(keys[None, :] <= rows[:, None] + (key_len - query_len), x, NOTHING)
+                p = tl.exp2(x)
+                if do is not None:
+                    dv_acc = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_acc, input_precision=DOT)
+                if de is not None:
+                    dz = dz - (tl.load(de + place, mask=inside, other=0.0) * LN2)[:, None] * x
+                dz = p * dz * inverse[:, None]
+                dk_acc = tl.dot(tl.trans(dz.to(q_tile.dtype)), q_tile, dk_acc, input_precision=DOT)
     seen = keys >= 0
     if mask is not None:
         seen = tl.load(_keys_of(mask, batch, keys), mask=keys < key_len, other=0) != 0

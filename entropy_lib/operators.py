@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from entropy_lib import kernels
 
@@ -17,14 +18,22 @@ SHORT = 128  # up to so many queries and keys, one program computes dQ, dK and d
 
 def _config(block_m: int, block_n: int, warps: int, stages: int) -> triton.Config:
     """BLOCK_M queries by BLOCK_N keys, warps, stages of the software pipeline."""
-    return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
+
+    def fit_descriptors(arguments: dict) -> None:
+        for name, block in (("q", block_m), ("do", block_m), ("k", block_n), ("v", block_n)):
+            if isinstance(arguments.get(name), TensorDescriptor):
+                arguments[name].block_shape = [1, 1, block, arguments["BLOCK_D"]]
+
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    return triton.Config(blocks, num_warps=warps, num_stages=stages, pre_hook=fit_descriptors)
 
 
 def _worth_trying(configs: list[triton.Config], arguments: dict, **keywords) -> list[triton.Config]:
     """No block longer than the sequence, small ones for float32; the last is small enough for any GPU."""
     arguments = {**arguments, **keywords}
     largest = triton.next_power_of_2(max(arguments["query_len"], arguments["key_len"]))
-    if arguments["q"][0].dtype == torch.float32:
+    query = arguments["q"].base if isinstance(arguments["q"], TensorDescriptor) else arguments["q"][0]
+    if query.dtype == torch.float32:
         largest = min(largest, 64)
     return [c for c in configs if max(c.kwargs.values(), default=0) <= largest] or configs[-1:]
 
@@ -42,15 +51,16 @@ def _autotuned(kernel, *configs: triton.Config):
 
 
 FORWARD = _autotuned(
-    kernels.forward_kernel, _config(128, 128, 8, 2), _config(128, 64, 4, 3), _config(128, 64, 8, 3),
-    _config(64, 64, 4, 3), _config(32, 32, 4, 2),
+    kernels.forward_kernel, _config(64, 128, 4, 3), _config(128, 64, 4, 3), _config(128, 128, 8, 2),
+    _config(64, 64, 4, 2), _config(64, 64, 4, 3), _config(32, 32, 4, 2),
 )  # fmt: skip
 DQ = _autotuned(
-    kernels.dq_kernel, _config(128, 64, 8, 2), _config(128, 64, 8, 3), _config(64, 64, 4, 3), _config(32, 32, 4, 2)
-)
-DKV = _autotuned(
-    kernels.dkv_kernel, _config(64, 128, 8, 2), _config(32, 128, 8, 3), _config(64, 64, 4, 3), _config(64, 64, 4, 2),
+    kernels.dq_kernel, _config(64, 128, 4, 3), _config(128, 64, 4, 3), _config(128, 64, 8, 3), _config(64, 64, 4, 3),
     _config(32, 32, 4, 2),
+)  # fmt: skip
+DKV = _autotuned(
+    kernels.dkv_kernel, _config(128, 64, 4, 2), _config(128, 128, 8, 3), _config(64, 128, 8, 2), _config(64, 64, 4, 3),
+    _config(64, 64, 4, 2), _config(32, 32, 4, 2),
 )  # fmt: skip
 # 4 warps, 8, and 8 held to 128 registers all took the same time on an H200: nothing to tune.
 SHORT_BACKWARD = _autotuned(kernels.short_kernel, triton.Config({}, num_warps=8, num_stages=1))
@@ -70,7 +80,8 @@ def _launch(kernel, split, query: Tensor, key: Tensor, scale: float, causal: boo
 
     longest = max(query_len, key_len)
     length_class = sum(longest > bound for bound in (SHORT, 1024, 4096))
-    kind = (query.dtype.itemsize, length_class, *(int(x is not None) for x in present))
+    streamed = any(isinstance(x, TensorDescriptor) for x in arguments.values())
+    kind = (query.dtype.itemsize, length_class, int(streamed), *(int(x is not None) for x in present))
     with torch.cuda.device_of(query):
         kernel[programs](
             **arguments, scale=scale, heads=heads, query_len=query_len, key_len=key_len,
@@ -91,6 +102,21 @@ def _operand(x: Tensor | None) -> tuple | None:
     if INTERPRET and x.dtype == torch.bfloat16:
         x = x.float()  # numpy multiplies no bfloat16
     return _matrix(x if x.stride(-1) == 1 else x.contiguous())
+
+
+def _has_copy_engine(device: torch.device) -> bool:
+    return INTERPRET or torch.cuda.get_device_properties(device).major >= 9
+
+
+def _streamed(x: Tensor | None) -> TensorDescriptor | tuple | None:
+    """`_operand` of what a kernel runs through block by block: a descriptor where the copy engine can take it."""
+    operand = _operand(x)
+    if operand is None or not _has_copy_engine(x.device):
+        return operand
+    x, *strides = operand
+    if x.data_ptr() % 16 or any(stride <= 0 or stride * x.element_size() % 16 for stride in strides):
+        return operand
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, 1, 1])  # `fit_descriptors` sets the block
 
 
 def _rows(x: Tensor | None) -> tuple | None:
@@ -122,7 +148,7 @@ def attention(query, key, value, temperature, mask, scale, causal):
     """
     output, entropy, lse = _forward_results(query, value)
     arguments = {
-        "q": _operand(query), "k": _operand(key), "v": _operand(value), "t": _rows(temperature), "mask": _rows(mask),
+        "q": _operand(query), "k": _streamed(key), "v": _streamed(value), "t": _rows(temperature), "mask": _rows(mask),
         "out": None if value is None else _matrix(output), "entropy": entropy, "lse": lse,
     }  # fmt: skip
     _launch(FORWARD, "BLOCK_M", query, key, scale, causal, (value, temperature, mask), **arguments)
@@ -169,22 +195,25 @@ def attention_backward(
 ):
     """Gradients; the temperature's as [B, H, T_q], to be summed over the batch."""
     grads = dq, dk, dv, dt = _gradients(query, key, value, temperature, grad_output)
-    arguments = {
-        "q": _operand(query), "k": _operand(key), "v": None if grad_output is None else _operand(value),
-        "t": _rows(temperature), "mask": _rows(mask), "lse": lse, "do": _operand(grad_output),
+    value = None if grad_output is None else value
+    common = {
+        "t": _rows(temperature), "mask": _rows(mask), "lse": lse,
         "de": None if grad_entropy is None else grad_entropy.contiguous(),
     }  # fmt: skip
-    to_keys = {"dk": _matrix(dk), "dv": None if grad_output is None else _matrix(dv)}
-    to_rows = {"dq": _matrix(dq), "dt": dt}
+    to_keys = {**common, "dk": _matrix(dk), "dv": None if grad_output is None else _matrix(dv)}
+    to_rows = {**common, "dq": _matrix(dq), "dt": dt}
     call = (query, key, scale, causal, (temperature, mask, grad_output, grad_entropy))
     if _is_short(query, key):
+        operands = {"q": _operand(query), "k": _operand(key), "v": _operand(value), "do": _operand(grad_output)}
         blocks = {"BLOCK_M": _block(query.shape[2]), "BLOCK_N": _block(key.shape[2])}
-        _launch(SHORT_BACKWARD, None, *call, **arguments, **to_rows, **to_keys, **blocks)
+        _launch(SHORT_BACKWARD, None, *call, **operands, **{**to_rows, **to_keys}, **blocks)
     else:
         shift = torch.empty_like(lse)
         output = None if grad_output is None else _operand(output)
-        _launch(DQ, "BLOCK_M", *call, **arguments, **to_rows, out=output, entropy=entropy, shift=shift)
-        _launch(DKV, "BLOCK_N", *call, **arguments, **to_keys, shift=shift)
+        operands = {"q": _operand(query), "k": _streamed(key), "v": _streamed(value), "do": _operand(grad_output)}
+        _launch(DQ, "BLOCK_M", *call, **operands, **to_rows, out=output, entropy=entropy, shift=shift)
+        operands = {"q": _streamed(query), "k": _operand(key), "v": _operand(value), "do": _streamed(grad_output)}
+        _launch(DKV, "BLOCK_N", *call, **operands, **to_keys, shift=shift)
     return grads
 
 

@@ -188,7 +188,8 @@ def entropy_callback(every: int = 50, logger=None) -> TrainerCallback:
     """A callback that watches attention entropy in anyone's training: `Trainer(..., callbacks=[entropy_callback()])`.
 
     At steps 0, every, 2·every, ... (updates made so far) the model runs with "entropy" attention and each head's
-    mean over the training batch is taken; other steps cost nothing.
+    mean over the training batch is taken; other steps cost nothing. A training that breaks off inside a recorded step
+    leaves the model on "entropy", with the same outputs, until the next training begins.
 
     Args:
         every: steps between records.

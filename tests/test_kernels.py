@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from entropy_lib import attention, entropy_attention
 from entropy_lib.attention import entropy_of_attention
 
+if importlib.util.find_spec("triton") is not None:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
 TRITON_MISSING = importlib.util.find_spec("triton") is None
 interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own with TRITON_INTERPRET=1")
@@ -112,9 +115,11 @@ PARTIAL = [(name, arriving) for name in ("causal", GROUPED) for arriving in "oe"
 
 @interpreted
 @pytest.mark.parametrize(("name", "arriving"), [*((name, "oe") for name in CASES), *PARTIAL])
-@pytest.mark.parametrize("backward", BACKWARD)
+@pytest.mark.parametrize("backward", [*BACKWARD, "two kernels, through pointers"])
 def test_equals_eager_in_float64(name, backward, arriving, monkeypatch):
-    monkeypatch.setattr(attention.operators, "SHORT", BACKWARD[backward])
+    monkeypatch.setattr(attention.operators, "SHORT", BACKWARD.get(backward, 0))
+    if "pointers" in backward:  # as on GPUs before Hopper
+        monkeypatch.setattr(attention.operators, "_has_copy_engine", lambda device: False)
     fused, reference = _both(case(**CASES[name]), arriving)
     assert fused[0].dtype == torch.float32
     assert fused[1].dtype == torch.float32
@@ -182,6 +187,17 @@ def test_strided_views_and_layout():
 
 
 @interpreted
+def test_which_operands_the_copy_engine_takes():
+    streamed = attention.operators._streamed
+    keys = torch.randn(2, 2, 12, 16)
+    assert isinstance(streamed(keys), TensorDescriptor)
+    assert streamed(None) is None
+    odd = torch.randn(2, 2, 12, 17)
+    for refused in (odd, odd[..., :16], odd.flatten()[1:769].view(2, 2, 12, 16), keys[:1].expand(2, -1, -1, -1)):
+        assert isinstance(streamed(refused), tuple)
+
+
+@interpreted
 def test_entropy_alone():
     inputs, options, grads = case(kv_heads=1, key_len=30, mask=True, temperature="HT")
     query, key, _, temperature = inputs
@@ -234,6 +250,42 @@ def test_checkpointing():
     )
     found = torch.autograd.grad((output * grads[0]).sum() + (entropy * grads[1]).sum(), leaves)
     assert all(torch.equal(*pair) for pair in zip(found, expected[2:], strict=True))
+
+
+class Projected(torch.nn.Module):
+    """One attention layer with a learnable temperature, so that DistributedDataParallel has parameters to average."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.projection = torch.nn.Linear(16, 3 * 32)
+        self.temperature = torch.nn.Parameter(torch.tensor([0.7, 1.3]))
+
+    def forward(self, hidden):
+        heads = self.projection(hidden).unflatten(-1, (6, 16)).transpose(1, 2)
+        return entropy_attention(*heads.split(2, dim=1), self.temperature, backend="triton")
+
+
+def _averaged_gradients(rank, store, hidden):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2)
+    model = torch.nn.parallel.DistributedDataParallel(Projected())
+    output, entropy = model(hidden[rank : rank + 1])
+    (output.square().mean() + entropy.mean()).backward()
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters()], store + ".grads")
+    torch.distributed.destroy_process_group()
+
+
+@interpreted
+def test_distributed_data_parallel(tmp_path):
+    """Two processes with half of the batch each end up with the gradients of one process with all of it."""
+    hidden, model = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1)), Projected()
+    output, entropy = model(hidden)
+    (output.square().mean() + entropy.mean()).backward()
+    store = str(tmp_path / "store")
+    torch.multiprocessing.spawn(_averaged_gradients, (store, hidden), nprocs=2)
+    for parameter, averaged in zip(model.parameters(), torch.load(store + ".grads"), strict=True):
+        torch.testing.assert_close(averaged, parameter.grad)
 
 
 @interpreted

@@ -343,7 +343,7 @@ def test_torch_compile(tiny_model):
     expected = model(ids, labels=ids, output_entropies=True)
     (expected.loss + sum(e.sum() for e in expected.entropies)).backward()
     torch._dynamo.reset()
-    output = torch.compile(copied, backend="aot_eager")(ids, labels=ids, output_entropies=True)
+    output = torch.compile(copied, backend="aot_eager", fullgraph=True)(ids, labels=ids, output_entropies=True)
     (output.loss + sum(e.sum() for e in output.entropies)).backward()
     torch.testing.assert_close(output.loss, expected.loss, **SINGLE)
     torch.testing.assert_close(output.entropies, expected.entropies, **EXACT)
