@@ -212,8 +212,10 @@ def test_sub_configurations_get_their_own_implementation_back():
     )
     model = transformers.CLIPModel(config).eval()
     model.set_attn_implementation({"": "sdpa", "text_config": "eager", "vision_config": "sdpa"})
+    config.vision_config = copy.deepcopy(config.vision_config)  # one that no module holds
     inputs = {**batch("right"), "pixel_values": torch.randn(3, 3, 8, 8)}
     with torch.no_grad(), record_entropy(model) as recorder:
+        assert config.vision_config._attn_implementation == "entropy"
         model(**inputs)
     implementations = [c._attn_implementation for c in (config, config.text_config, config.vision_config)]
     assert implementations == ["sdpa", "eager", "sdpa"]
