@@ -124,7 +124,7 @@ def write_history(history: pd.DataFrame, path: Path) -> None:
             kind = pa.list_(kind or pa.float32())
             nested = nested[0] if isinstance(nested[0], list) else None
         columns[name] = pa.array(values.tolist(), type=kind)
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    pq.write_table(pa.table(columns), path, compression="zstd", use_dictionary=False)  # numbers seldom repeat
 
 
 def read_history(path: Path) -> pd.DataFrame:
