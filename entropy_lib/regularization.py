@@ -153,7 +153,8 @@ class EntropyRegularization(nn.Module):
         entropy = at_least_float32(entropy)
         query_len = entropy.shape[-1]
         if self.ceiling == "causal":
-            ceiling = max_entropy(query_len, key_len, causal=True, dtype=entropy.dtype).to(entropy.device)  # [T_q]
+            ceiling = max_entropy(query_len, key_len, causal=True, dtype=entropy.dtype)  # [T_q]
+            ceiling = ceiling.to(entropy.device, non_blocking=True)  # a wait for the GPU, in every layer, otherwise
         else:
             ceiling = entropy.new_full((query_len,), log_context)
         if self.per == "head":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils import is_torch_tf32_available
 
 from entropy_lib.regularization import EntropyRegularization
 
@@ -18,7 +19,8 @@ class Recipe:
     Attributes:
         steps: optimiser steps.
         sequences_per_step: over all micro-batches and processes.
-        micro_batch: sequences in one forward pass of one process.
+        micro_batch: sequences in one forward pass of one process; any divisor of sequences_per_step gives the same
+            results up to rounding. 512 of GPT-2 small take about 40 GiB of GPU memory: choose 128 or 64 for less.
         warmup_ratio: share of the steps with a rising learning rate, before its linear decay to 0.
         entropy_every, eval_every: steps between recorded entropies, and between evaluations (0: at the end only).
         checkpoint_every: steps between checkpoints (0: only when interrupted).
@@ -27,14 +29,14 @@ class Recipe:
             entropy regularisation. The paper's λ = 1e-5 on the sum over 128 sequences of 128 tokens is 0.164 on the
             mean, which does not depend on the batch.
         temperature_init, threshold_init: t and θ at the start.
-        precision: "float32" or "bfloat16" (autocast).
+        precision: "float32" (matrix products in TF32 on GPUs that have it) or "bfloat16" (autocast).
         max_skipped_in_a_row: non-finite steps in a row that end a run as collapsed.
     """
 
     steps: int = 32_000
     context_length: int = 128
     sequences_per_step: int = 512
-    micro_batch: int = 128
+    micro_batch: int = 512
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.05
     weight_decay: float = 0.1
@@ -125,6 +127,8 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, seed: int, **over
         "weight_decay": recipe.weight_decay,
         "adam_epsilon": recipe.adam_epsilon,
         "max_grad_norm": recipe.max_grad_norm,
+        "optim": "adamw_torch_fused",  # skips non-finite steps on the device, see EntropyTrainer
+        "tf32": True if is_torch_tf32_available() else None,
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": recipe.precision == "bfloat16",
         "torch_compile": recipe.compile,
@@ -136,6 +140,8 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, seed: int, **over
         "prediction_loss_only": True,
         "dataloader_drop_last": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        # the copy of the next batch to the GPU does not wait for the step that runs there
+        "accelerator_config": {"non_blocking": torch.cuda.is_available()},
         "remove_unused_columns": False,
         # thresholds get their gradient outside the model's forward pass, where this search would not see them
         "ddp_find_unused_parameters": False,

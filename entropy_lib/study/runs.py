@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,12 @@ class RunRecord:
     None if it is not finite; `entropy` the mean over validation of every head's entropy, [L][H] in nats. `history`
     has one row a recorded step: step, tokens, loss, penalty, eval_loss (NaN between evaluations), entropy [L, H] of the
     training batch, thresholds θ [L, H], temperatures t [L, H] (mean over positions), alpha and beta [L], learning_rate,
-    grad_norm, skipped (non-finite steps so far), seconds. `minutes` and `tokens_per_second` include compilation and
-    evaluation; `peak_memory_gib` is GPU memory, 0 on a CPU.
+    grad_norm, skipped (non-finite steps so far), seconds. `minutes` include compilation and evaluation,
+    `tokens_per_second` (over all processes) does not, see `steady_tokens_per_second`; `tflops` is what a process
+    (a GPU) achieved of it by `training_flops_per_token`, in 10¹² a second, None in records older than the field,
+    whose tokens_per_second are tokens over minutes. `peak_memory_gib` is GPU memory, 0 on a CPU.
+
+    The history of a record that was loaded is read at its first use.
     """
 
     variant: str
@@ -56,11 +60,19 @@ class RunRecord:
     command: str = field(repr=False)
     versions: dict[str, str] = field(repr=False)
     history: pd.DataFrame = field(repr=False)
+    tflops: float | None = None
     model: object = field(default=None, repr=False, compare=False)  # the trained model, not written to disk
 
     def __post_init__(self):
         if self.status not in STATUSES:
             raise ValueError(f"status must be one of {STATUSES}, got {self.status!r}")
+
+    def __getattr__(self, name: str):
+        """Only called for what is not set, which is the history of a loaded record."""
+        if name != "history" or "_history_path" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.history = read_history(self._history_path)
+        return self.history
 
     @property
     def name(self) -> str:
@@ -91,10 +103,15 @@ class RunRecord:
         if path.suffix != ".json" or not path.exists():
             raise ValueError(f"expected the .json file of a run record, got {path}")
         summary = json.loads(path.read_text())
-        missing = {f.name for f in fields(cls)} - {"history", "model"} - set(summary)
+        missing = {f.name for f in fields(cls) if f.default is MISSING} - {"history"} - set(summary)
         if missing:
             raise ValueError(f"{path.name} is not a run record: it lacks {', '.join(sorted(missing))}")
-        return cls(**summary, history=read_history(path.with_suffix(".parquet")))
+        if not path.with_suffix(".parquet").exists():
+            raise ValueError(f"{path.name} has no history beside it, {path.with_suffix('.parquet').name}")
+        record = cls(**summary, history=None)
+        record._history_path = path.with_suffix(".parquet")
+        del record.history  # see __getattr__
+        return record
 
 
 def write_history(history: pd.DataFrame, path: Path) -> None:
@@ -107,7 +124,7 @@ def write_history(history: pd.DataFrame, path: Path) -> None:
             kind = pa.list_(kind or pa.float32())
             nested = nested[0] if isinstance(nested[0], list) else None
         columns[name] = pa.array(values.tolist(), type=kind)
-    pq.write_table(pa.table(columns), path, compression="zstd")
+    pq.write_table(pa.table(columns), path, compression="zstd", use_dictionary=False)  # numbers seldom repeat
 
 
 def read_history(path: Path) -> pd.DataFrame:

@@ -4,22 +4,48 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from datasets import Dataset
 from torch import Tensor
+from torch.utils.data import RandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.study.runs import read_history, write_history
 
 
-def collate_blocks(blocks: Sequence[dict]) -> dict[str, Tensor]:
+class TokenBlocks(torch.utils.data.Dataset):
+    """Token blocks in memory, [N, T] in the corpus's own integer type: a batch is one indexing.
+
+    512 of 128 tokens take 1.2 ms of CPU so, and 15 ms row by row through `datasets`: a quarter of a fast GPU's step.
+    """
+
+    def __init__(self, dataset: Dataset):
+        tables = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=65_536)
+        chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for t in tables for chunk in t.column(0).chunks]
+        self.ids = np.concatenate(chunks).reshape(len(dataset), -1)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"input_ids": self.ids[index]}
+
+    def __getitems__(self, indices: Sequence[int]) -> np.ndarray:
+        return self.ids[indices]
+
+
+def collate_blocks(blocks: Sequence[dict] | np.ndarray) -> dict[str, Tensor]:
     """Token blocks -> {"input_ids", "labels"}, int64 [B, T] each; the first token is nobody's target (-100)."""
-    input_ids = torch.from_numpy(np.stack([np.asarray(block["input_ids"], dtype=np.int64) for block in blocks]))
+    if not isinstance(blocks, np.ndarray):
+        blocks = np.stack([np.asarray(block["input_ids"]) for block in blocks])
+    input_ids = torch.from_numpy(blocks.astype(np.int64))
     labels = input_ids.clone()
     labels[:, 0] = -100
     return {"input_ids": input_ids, "labels": labels}
@@ -31,7 +57,11 @@ class EntropyTrainer(Trainer):
     The penalty is applied if the model has thresholds (an EReg variant). With reduction="mean" it is the mean over
     all micro-batches and processes of a step, with "sum" the sum, so that splitting a batch changes nothing (with
     per="head" the head means are those of a micro-batch). A step whose gradient is not finite is skipped and
-    counted; `max_skipped_in_a_row` of them end training with `collapsed` set.
+    counted; `max_skipped_in_a_row` of them end training with `collapsed` set (on a GPU one step later).
+
+    Nothing waits for the GPU in a step that is not recorded, so that it never runs dry while Python prepares the
+    next one. With torch.compile there is one graph: models without regularisation are compiled without entropies,
+    and where those are wanted (recorded steps, evaluation) the uncompiled model gives them.
 
     `history` is the list of recorded rows (see `RunRecord`); it is saved with every checkpoint and restored on
     resume. `eval_loss`, `eval_step` and `eval_entropy` (mean of every head, [L, H]) are of the last evaluation.
@@ -51,7 +81,8 @@ class EntropyTrainer(Trainer):
         self.entropy_every = entropy_every
         self.max_skipped_in_a_row = max_skipped_in_a_row
         self.collapsed = False
-        self.grad_norm = math.nan
+        self.grad_norm = math.nan  # of the last step that was read, see `_read_grad_norms`
+        self._grad_norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.skipped = self.skipped_in_a_row = 0
         self.history: list[dict] = []
         self.eval_entropy: Tensor | None = None
@@ -64,20 +95,21 @@ class EntropyTrainer(Trainer):
     # -- loss ---------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        entropies_wanted = not model.training or self.regularization is not None or self._recording()
+        training = model.training
         loss, outputs = super().compute_loss(
-            model,
-            {**inputs, "output_entropies": entropies_wanted},
+            model,  # in evaluation the Trainer's own `self.model`, which is not compiled
+            {**inputs, "output_entropies": not training or self.regularization is not None},
             return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
-        if not model.training:
+        if not training:
             self._add_eval_entropy(outputs.entropies)
             return (loss, outputs) if return_outputs else loss
         # The Trainer's loss is this micro-batch's share of the step's mean, times the number of processes.
         self._cross_entropy = self._cross_entropy + loss.detach() / self.accelerator.num_processes
         if self._recording():
-            self._entropies.append(torch.stack([e.detach().mean(dim=(0, 2)) for e in outputs.entropies]))
+            entropies = outputs.entropies or self._entropies_without_graph(inputs["input_ids"])
+            self._entropies.append(torch.stack([e.detach().mean(dim=(0, 2)) for e in entropies]))
         if self.regularization is not None:
             penalty = self.regularization(outputs.entropies, self.model.entropy_thresholds())
             # Micro-batches add up, processes are averaged: a mean wants the first undone, a sum the second.
@@ -90,15 +122,76 @@ class EntropyTrainer(Trainer):
             loss = loss + penalty
         return (loss, outputs) if return_outputs else loss
 
+    @torch.no_grad()
+    def _entropies_without_graph(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+        """[B, H, T] a layer, from the model that torch.compile did not see, after the training forward pass.
+
+        In eval mode, so that spectral norms do not take a second power iteration; dropout is 0 in both modes.
+        """
+        self.model.eval()
+        try:
+            return self.model(input_ids=input_ids, output_entropies=True, logits_to_keep=1).entropies
+        finally:
+            self.model.train()
+
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay for matrices only: not for biases, gains, α, β, thresholds or temperatures."""
         return [n for n, p in model.named_parameters() if p.dim() >= 2 and not n.endswith("log_temperature")]
 
+    def _get_train_sampler(self, train_dataset=None):
+        """The Trainer's random order, cut to whole steps: whatever the micro-batch, no epoch ends in a smaller one."""
+        sampler = super()._get_train_sampler(train_dataset)
+        whole = len(sampler) // self._sequences_per_step() * self._sequences_per_step()
+        if whole and isinstance(sampler, RandomSampler):
+            sampler = RandomSampler(sampler.data_source, num_samples=whole)
+        return sampler
+
+    def _sequences_per_step(self) -> int:
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def floating_point_ops(self, inputs) -> int:
+        """0: the Trainer's own count walks through all modules at every micro-batch, and nobody reads it."""
+        return 0
+
+    # -- non-finite steps ---------------------------------------------------------------------------------------
+
     def _get_grad_norm(self, model, grad_norm=None):
         """The Trainer hands the norm before clipping through here, just before `on_pre_optimizer_step`."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self.grad_norm = float(norm)
+        self._skip_if_not_finite(norm)
+        if norm.device.type != "cuda":
+            self._grad_norms.append((norm, None))
+            self._read_grad_norms()
+        else:
+            # float(norm) would wait for the GPU and leave it idle until Python has launched the next step. So copy it
+            # without waiting, and read the copy of the step before, while this one is in the GPU's queue.
+            copy = torch.empty((), dtype=norm.dtype, pin_memory=True).copy_(norm, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._grad_norms.append((copy, event))
+            self._read_grad_norms(leave=1)
         return norm
+
+    def _skip_if_not_finite(self, norm: Tensor) -> None:
+        """Have the optimiser leave weights and moments alone, for the step to come, if `norm` is not finite."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # the one that accelerate wraps
+        if optimizer.defaults.get("fused"):
+            # what GradScaler does: the fused kernel itself reads this flag, on the device, and then changes nothing
+            optimizer.found_inf = (~torch.isfinite(norm)).float()
+        elif not torch.isfinite(norm):
+            optimizer.zero_grad(set_to_none=True)
+
+    def _read_grad_norms(self, leave: int = 0) -> None:
+        """Count the steps whose norm is not read yet, except the last `leave`."""
+        while len(self._grad_norms) > leave:
+            norm, event = self._grad_norms.popleft()
+            if event is not None:
+                event.synchronize()
+            self.grad_norm = norm.item()
+            skipped = not math.isfinite(self.grad_norm)
+            self.skipped += skipped
+            self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+            self.collapsed = self.collapsed or self.skipped_in_a_row >= self.max_skipped_in_a_row
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
@@ -142,13 +235,13 @@ class EntropyTrainer(Trainer):
 
     @torch.no_grad()
     def _row(self, losses: list[float], entropy: Tensor, learning_rate: float) -> dict:
+        self._read_grad_norms()
         model, scales = self.model, self.model.ffn_scales()
         thresholds, temperatures = model.entropy_thresholds(), model.temperatures()
         step = self.state.global_step
-        sequences = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return {
             "step": step,
-            "tokens": step * sequences * self.model.config.n_positions,
+            "tokens": step * self._sequences_per_step() * self.model.config.n_positions,
             "loss": losses[0],
             "penalty": losses[1],
             "eval_loss": math.nan,
@@ -168,7 +261,7 @@ class EntropyTrainer(Trainer):
 
 
 class _RecordAndSkip(TrainerCallback):
-    """Skips steps with a non-finite gradient, ends a collapsed run, and keeps the history with the checkpoints."""
+    """Records steps, ends a collapsed run, and keeps the history with the checkpoints."""
 
     def __init__(self, trainer: EntropyTrainer):
         self.trainer = trainer
@@ -183,21 +276,14 @@ class _RecordAndSkip(TrainerCallback):
                 trainer.skipped = trainer.history[-1]["skipped"]
                 trainer._started -= trainer.history[-1]["seconds"]
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if math.isfinite(self.trainer.grad_norm):
-            self.trainer.skipped_in_a_row = 0
-            return
-        # Without gradients the optimiser's step leaves weights and moments alone.
-        optimizer.zero_grad(set_to_none=True)
-        self.trainer.skipped += 1
-        self.trainer.skipped_in_a_row += 1
-
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         self.trainer.record_step(lr_scheduler.get_last_lr()[0])
-        if self.trainer.skipped_in_a_row >= self.trainer.max_skipped_in_a_row:
-            self.trainer.collapsed = True
+        if self.trainer.collapsed:
             control.should_training_stop = True
         return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.trainer._read_grad_norms()
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.trainer.history:

@@ -30,7 +30,8 @@ from entropy_lib.study.cache import cache_folder
 from entropy_lib.study.corpus import corpus_hash, load_corpus
 from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe, training_arguments
 from entropy_lib.study.runs import RunRecord
-from entropy_lib.study.trainer import EntropyTrainer, collate_blocks
+from entropy_lib.study.speed import model_flops_per_token, steady_tokens_per_second
+from entropy_lib.study.trainer import EntropyTrainer, TokenBlocks, collate_blocks
 from entropy_lib.variants import Variant, get_variant
 
 __all__ = ["RECIPES", "EntropyTrainer", "Recipe", "collate_blocks", "get_recipe", "train_variant"]
@@ -73,6 +74,11 @@ def train_variant(
     """
     variant, recipe = get_variant(variant), get_recipe(recipe)
     dataset, tokenizer = _load(corpus, recipe.context_length)
+    if len(dataset["train"]) < recipe.sequences_per_step:
+        raise ValueError(
+            f"the corpus has {len(dataset['train'])} training blocks of {recipe.context_length} tokens, a step takes "
+            f"sequences_per_step={recipe.sequences_per_step}"
+        )
     data_hash = corpus_hash(dataset)
     config = {
         "vocab_size": len(tokenizer),
@@ -99,8 +105,8 @@ def train_variant(
     trainer = EntropyTrainer(
         model=model,
         args=arguments,
-        train_dataset=dataset["train"],
-        eval_dataset=blocks.select(range(min(recipe.eval_blocks, len(blocks)))),
+        train_dataset=TokenBlocks(dataset["train"]),
+        eval_dataset=TokenBlocks(blocks.select(range(min(recipe.eval_blocks, len(blocks))))),
         regularization=recipe.regularization(),
         entropy_every=recipe.entropy_every,
         max_skipped_in_a_row=recipe.max_skipped_in_a_row,
@@ -121,6 +127,10 @@ def train_variant(
     if not torch.isfinite(entropy).all():
         entropy = torch.tensor(trainer.history[-1]["entropy"]) if trainer.history else torch.zeros_like(entropy)
     tokens = trainer.state.global_step * recipe.sequences_per_step * recipe.context_length
+    history = trainer.history_frame()
+    tokens_per_second = steady_tokens_per_second(history)
+    if math.isnan(tokens_per_second):  # too short to tell
+        tokens_per_second = tokens / seconds
     record = RunRecord(
         variant=variant.name,
         size=size,
@@ -135,7 +145,8 @@ def train_variant(
         steps=trainer.state.global_step,
         skipped_steps=trainer.skipped,
         parameters=model.num_parameters(),
-        tokens_per_second=tokens / seconds,
+        tokens_per_second=tokens_per_second,
+        tflops=tokens_per_second * model_flops_per_token(model) / arguments.world_size / 1e12,
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if arguments.device.type == "cuda" else 0.0,
         corpus_sha256=data_hash,
         context_length=recipe.context_length,
@@ -146,7 +157,7 @@ def train_variant(
         model_config=model_config or {},
         command=shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
         versions=_versions(),
-        history=trainer.history_frame(),
+        history=history,
         model=model.eval(),
     )
     if arguments.should_save:
@@ -210,13 +221,16 @@ class _SaveAndStop(TrainerCallback):
         self.trainer, self.stop = trainer, stop
 
     def on_step_end(self, args, state, control, **kwargs):
-        stop = torch.tensor(float(self.stop.is_set()), device=args.device)
-        if args.world_size > 1:  # processes must stop at the same step
-            stop = self.trainer.accelerator.reduce(stop, "sum")
-        if stop > 0:
+        stop = self.stop.is_set()
+        if args.world_size > 1:  # processes must stop at the same step; to agree takes a wait, so not at every step
+            stop = state.global_step % 10 == 0 and self._any_process(stop, args.device)
+        if stop:
             self.stop.set()
             control.should_save = control.should_training_stop = True
         return control
+
+    def _any_process(self, stop: bool, device: torch.device) -> bool:
+        return bool(self.trainer.accelerator.reduce(torch.tensor(float(stop), device=device), "sum") > 0)
 
 
 class _Progress(TrainerCallback):

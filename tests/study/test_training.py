@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +17,10 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from entropy_lib import EntropyRegularization, build_model
+from entropy_lib.study import runs
 from entropy_lib.study.__main__ import main
 from entropy_lib.study.recipes import Recipe, get_recipe, training_arguments
-from entropy_lib.study.runs import RunRecord, compare, load_runs
+from entropy_lib.study.runs import RunRecord, compare, load_runs, read_history
 from entropy_lib.study.trainer import EntropyTrainer, collate_blocks
 from entropy_lib.study.training import train_variant
 
@@ -273,6 +275,31 @@ def test_record_keeps_what_was_trained(corpus, tmp_path):
         out = record.model(**batch, output_entropies=True)
     assert out.loss.item() == pytest.approx(record.eval_loss, rel=1e-5)
     np.testing.assert_allclose(torch.stack(out.entropies).mean((1, 3)), record.entropy, rtol=1e-4)
+
+
+def test_histories_are_read_at_first_use(corpus, tmp_path, monkeypatch):
+    saved = train(corpus, recipe=replace(RECIPE, steps=1), output_dir=tmp_path)
+    read = []
+    monkeypatch.setattr(runs, "read_history", lambda path: read.append(path) or read_history(path))
+    (record,) = load_runs(tmp_path)
+    compare([record])
+    assert record.summary() == saved.summary()
+    assert "history" not in repr(record)
+    assert read == []
+    assert copy.copy(record).history["loss"].tolist() == saved.history["loss"].tolist()
+    assert record.history is record.history
+    assert len(read) == 2  # one for the copy
+    with pytest.raises(AttributeError, match="no attribute 'histories'"):
+        _ = record.histories
+    (tmp_path / f"{record.name}.parquet").unlink()
+    with pytest.raises(ValueError, match="no history beside it"):
+        load_runs(tmp_path)
+
+
+def test_records_from_before_a_field_still_load():
+    records = load_runs(Path(__file__).parents[2] / "data" / "runs")
+    assert len(records) >= 3
+    assert all(len(record.history) and record.tokens_per_second > 0 for record in records)
 
 
 def test_compare_table(corpus, tmp_path):
