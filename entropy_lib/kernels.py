@@ -63,6 +63,12 @@ def _store(x, batch, head, start, limit, tile, D: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
+def _rows_of(x, place, rows, query_len, EVEN: tl.constexpr):
+    """One number a row, 0 past the end (where EVEN, no block reaches past it)."""
+    return tl.load(x + place) if EVEN else tl.load(x + place, mask=rows < query_len, other=0.0)
+
+
+@triton.jit
 def _inverse_temperature(t, head, rows, query_len):
     inverse = tl.full(rows.shape, 1.0, tl.float32)
     if t is not None:
@@ -181,17 +187,20 @@ def dq_kernel(
         if EDGE or mask is None:
             for start in range(inner if EDGE else 0, high if EDGE else inner, BLOCK_N):
                 k_tile = _load(k, batch, head // GROUP, start, key_len, D, BLOCK_N, BLOCK_D, EDGE)
-                x = tl.dot(q_tile, tl.trans(k_tile), input_precision=DOT) * row_scale[:, None] - lse_rows[:, None]
+                if do is not None:
+                    v_tile = _load(v, batch, head // GROUP, start, key_len, D, BLOCK_N, BLOCK_D, EDGE)
+                x = tl.dot(q_tile, tl.trans(k_tile), input_precision=DOT)
+                da = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                if do is not None:
+                    da = tl.dot(do_tile, tl.trans(v_tile), input_precision=DOT)
+                x = x * row_scale[:, None] - lse_rows[:, None]
                 if EDGE:
                     columns = start + tl.arange(0, BLOCK_N)
                     x = tl.where(_visible(rows, columns, query_len, key_len, mask, batch, CAUSAL), x, NOTHING)
-                dz = -c[:, None]
+                da = da - c[:, None]
                 if de is not None:
-                    dz = dz - e[:, None] * x
-                if do is not None:
-                    v_tile = _load(v, batch, head // GROUP, start, key_len, D, BLOCK_N, BLOCK_D, EDGE)
-                    dz = dz + tl.dot(do_tile, tl.trans(v_tile), input_precision=DOT)
-                dz = tl.exp2(x) * dz
+                    da = da - e[:, None] * x
+                dz = tl.exp2(x) * da
                 acc = tl.dot(dz.to(k_tile.dtype), k_tile, acc, input_precision=DOT)
     acc *= (inverse * scale)[:, None]
     _store(dq, batch, head, first, query_len, acc, D, BLOCK_M, BLOCK_D)
@@ -203,7 +212,7 @@ def dq_kernel(
 def dkv_kernel(
     q, k, v, t, mask, lse, do, de, dk, dv, shift, scale, heads, query_len, key_len, KEY: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of a block of keys, over the queries of all heads of its group; tiles are [queries, keys].
 
@@ -233,24 +242,30 @@ def dkv_kernel(
         for EDGE in tl.static_range(1 if CAUSAL else 0, -1, -1):
             for start in range(low if EDGE else inner, inner if EDGE else query_len, BLOCK_M):
                 rows = start + tl.arange(0, BLOCK_M)
-                place, inside = (tl.cast(batch, tl.int64) * heads + head) * query_len + rows, rows < query_len
+                place = (tl.cast(batch, tl.int64) * heads + head) * query_len + rows
                 inverse = _inverse_temperature(t, head, rows, query_len)
                 q_tile = _load(q, batch, head, start, query_len, D, BLOCK_M, BLOCK_D, True)
-                lse_rows = tl.load(lse + place, mask=inside, other=0.0)
-                x = tl.dot(q_tile, tl.trans(k_tile), input_precision=DOT)
-                dz = -tl.load(shift + place, mask=inside, other=0.0)[:, None]
                 if do is not None:
                     do_tile = _load(do, batch, head, start, query_len, D, BLOCK_M, BLOCK_D, True)
-                    dz = dz + tl.dot(do_tile, tl.trans(v_tile), input_precision=DOT)
+                # loaded ahead of the products, which hide the latency
+                lse_rows = _rows_of(lse, place, rows, query_len, EVEN)
+                c = _rows_of(shift, place, rows, query_len, EVEN)
+                if de is not None:
+                    e = _rows_of(de, place, rows, query_len, EVEN) * LN2
+                x = tl.dot(q_tile, tl.trans(k_tile), input_precision=DOT)
+                da = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                if do is not None:
+                    da = tl.dot(do_tile, tl.trans(v_tile), input_precision=DOT)
                 x = x * (inverse * (scale * LOG2E))[:, None] - lse_rows[:, None]
                 if EDGE:
                     x = tl.where(keys[None, :] <= rows[:, None] + (key_len - query_len), x, NOTHING)
                 p = tl.exp2(x)
                 if do is not None:
                     dv_acc = tl.dot(tl.trans(p.to(do_tile.dtype)), do_tile, dv_acc, input_precision=DOT)
+                da = da - c[:, None]
                 if de is not None:
-                    dz = dz - (tl.load(de + place, mask=inside, other=0.0) * LN2)[:, None] * x
-                dz = p * dz * inverse[:, None]
+                    da = da - e[:, None] * x
+                dz = p * da * inverse[:, None]
                 dk_acc = tl.dot(tl.trans(dz.to(q_tile.dtype)), q_tile, dk_acc, input_precision=DOT)
     seen = keys >= 0
     if mask is not None:

@@ -58,9 +58,10 @@ DQ = _autotuned(
     kernels.dq_kernel, _config(64, 128, 4, 3), _config(128, 64, 4, 3), _config(128, 64, 8, 3), _config(64, 64, 4, 3),
     _config(32, 32, 4, 2),
 )  # fmt: skip
+EVEN = triton.heuristics({"EVEN": lambda arguments: arguments["query_len"] % arguments["BLOCK_M"] == 0})
 DKV = _autotuned(
-    kernels.dkv_kernel, _config(128, 64, 4, 2), _config(128, 128, 8, 3), _config(64, 128, 8, 2), _config(64, 64, 4, 3),
-    _config(64, 64, 4, 2), _config(32, 32, 4, 2),
+    EVEN(kernels.dkv_kernel), _config(128, 64, 4, 2), _config(128, 128, 8, 3), _config(64, 128, 8, 2),
+    _config(64, 64, 4, 3), _config(64, 64, 4, 2), _config(32, 32, 4, 2),
 )  # fmt: skip
 # 4 warps, 8, and 8 held to 128 registers all took the same time on an H200: nothing to tune.
 SHORT_BACKWARD = _autotuned(kernels.short_kernel, triton.Config({}, num_warps=8, num_stages=1))
