@@ -20,7 +20,7 @@ class Recipe:
         steps: optimiser steps.
         sequences_per_step: over all micro-batches and processes.
         micro_batch: sequences in one forward pass of one process; any divisor of sequences_per_step gives the same
-            results up to rounding. 512 of GPT-2 small take about 40 GiB of GPU memory: choose 128 or 64 for less.
+            results up to rounding. 512 of GPT-2 small take up to 31 GiB of GPU memory: choose 128 or 64 for less.
         warmup_ratio: share of the steps with a rising learning rate, before its linear decay to 0.
         entropy_every, eval_every: steps between recorded entropies, and between evaluations (0: at the end only).
         checkpoint_every: steps between checkpoints (0: only when interrupted).
