@@ -111,11 +111,12 @@ def tasks(context_length: int) -> Iterator[tuple[str, str, dict, float]]:
     kinds = [Architecture(vocabulary=VOCABULARY), *block_architectures().values()]
     wanted = {(o.name, o.shape): o for a in kinds for o in operations(a, context_length)}
     if context_length == 128:
-        extra = Operation("LayerNorm", "layernorm", (128, 256))  # another width, to tell rows from elements
-        wanted[extra.name, extra.shape] = extra
-        wanted = {
-            k: o for k, o in wanted.items() if o.part != "vocabulary projection"
-        }  # a linear layer like the others
+        for extra in (  # other widths, to tell the units apart
+            Operation("LayerNorm", "layernorm", (128, 256)),
+            Operation("embedding", "embed", (128, 1024, 768)),
+        ):
+            wanted[extra.name, extra.shape] = extra
+        wanted = {key: o for key, o in wanted.items() if o.part != "vocabulary projection"}  # linear like the others
     else:  # what is linear in T needs no second length
         wanted = {key: o for key, o in wanted.items() if o.name in ("scores", "mix") or o.part == "softmax"}
     for operation in sorted(wanted.values(), key=lambda o: (o.name in ("linear", "embed"), math.prod(o.shape))):
@@ -124,13 +125,20 @@ def tasks(context_length: int) -> Iterator[tuple[str, str, dict, float]]:
         plan = forward_plan(architecture, weight_shapes(architecture, context_length), context_length)
         yield "blocks", f"{name}, T={context_length}", {**plan, "outputs": []}, 0.0
     if context_length == 128:
-        for operation in {o.name: o for a in kinds for o in operations(a, context_length)}.values():
-            small = (1, *operation.shape[1:]) if len(operation.shape) == 3 else (16, 64)
-            if operation.name in ("linear", "embed"):
-                small = (16, 64, 64)
-            small = Operation(operation.part, operation.name, small)
-            for delay in (0.0, DELAY):
-                yield "rounds", f"{label(small)}, delay {delay:g} s", operation_plan(small), delay
+        for delay in (0.0, DELAY):
+            yield "rounds", f"{delay:g} s one way", rounds_plan(kinds), delay
+
+
+def rounds_plan(kinds: list[Architecture]) -> dict:
+    """Every operation once, on a small shape: rounds do not grow with the size, but for the maximum over T keys."""
+    total = {"inputs": {}, "steps": [], "outputs": []}
+    for name, operation in {o.name: o for a in kinds for o in operations(a, 128)}.items():
+        shape = (1, *operation.shape[1:]) if len(operation.shape) == 3 else (16, 64)
+        plan = operation_plan(Operation(operation.part, name, (16, 64, 64) if name in ("linear", "embed") else shape))
+        total["inputs"] |= {f"{name} {source}": spec for source, spec in plan["inputs"].items()}
+        step = plan["steps"][0]
+        total["steps"].append({**step, "inputs": [f"{name} {source}" for source in step["inputs"]]})
+    return total
 
 
 def label(operation: Operation) -> str:
@@ -156,9 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     todo = [task for task in todo if task[1] not in record[task[0]]]
     try:
         for number, (section, name, plan, delay) in enumerate(todo, 1):
-            load = os.getloadavg()[0]
-
-            where = f"[{number}/{len(todo)}] {name}"
+            load, where = os.getloadavg()[0], f"[{number}/{len(todo)}] {name}"
 
             def progress(done, total, where=where):
                 print(f"{where}: step {done} of {total}", file=sys.stderr, flush=True)
@@ -169,12 +175,13 @@ def main(arguments: list[str] | None = None) -> int:
             )  # fmt: skip
             sums = {key: sum(step[key] for step in steps) for key in ("bytes", "seconds", "cpu_seconds", "messages")}
             sums = {key: round(value, 3) for key, value in sums.items()} | {"load_before": round(load, 2)}
-            if section == "blocks":
-                sums["steps"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in steps]
-            else:
+            if section == "operations":
                 step = plan["steps"][0]
-                sums = {"part": step["part"], "operation": step["operation"], "delay": delay, **sums}
-                sums["shape"] = [int(size) for size in name.split(",")[0].split(" ")[1].split("×")]
+                shape = [int(size) for size in name.split(" ")[1].split("×")]
+                sums = {"part": step["part"], "operation": step["operation"], "shape": shape, **sums}
+            else:
+                sums["steps"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in steps]
+                sums["delay"] = delay
             record[section][name] = sums
             write(options.output, record)
             print(f"{where}: {sums['bytes'] / 1e6:.2f} MB, {sums['seconds']:.1f} s", flush=True)
