@@ -1,13 +1,16 @@
 # make run    execute the notebook series headless at smoke scale into build/
 # make test   lint, tests, and the key tables of the committed notebooks
 # make lab    open the notebooks in JupyterLab
-# Each sets up .venv by itself and reinstalls only when pyproject.toml or constraints.txt changed.
+# make private  set up .venv-private, the two parties' own environment (Python 3.10 or 3.11, about 1 GB)
+# Each of the others sets up .venv by itself and reinstalls only when pyproject.toml or constraints.txt changed.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PRIVATE := .venv-private
+ENGINE := entropy_lib/private_inference/requirements.txt
 
 # Two threads at most: the models of the smoke runs are too small to feed more.
 export OMP_NUM_THREADS ?= 2
@@ -15,7 +18,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: run test lab figures clean
+.PHONY: run test lab private figures clean
 
 run: $(READY)
 	$(BIN)/python notebooks/run.py --output build/notebooks
@@ -34,6 +37,19 @@ figures: $(READY)
 	$(BIN)/python notebooks/run.py --update
 	mkdir -p notebooks/images && cp build/figures/02_entropy_maps.png notebooks/images/entropy_maps.png
 
+# The engine has no wheel for a newer Python, so that the first of these that is old enough is taken.
+private: $(PRIVATE)/.ready
+
+$(PRIVATE)/.ready: $(ENGINE)
+	@for python in $(PYTHON) python3.11 python3.10; do \
+	    $$python -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] not in ((3, 10), (3, 11)))' 2>/dev/null && break; \
+	    python=; \
+	done; \
+	test -n "$$python" || { echo "error: the two-party engine needs Python 3.10 or 3.11 with venv: install one, or run make private PYTHON=/path/to/python3.11"; exit 1; }; \
+	test -x $(PRIVATE)/bin/python || $$python -m venv $(PRIVATE)
+	$(PRIVATE)/bin/python -m pip install --quiet --requirement $(ENGINE)
+	@touch $@
+
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.10 or later, or run make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or later is needed, $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
@@ -43,4 +59,4 @@ $(READY): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(PRIVATE)

@@ -1,7 +1,7 @@
 """Attention entropy: measure it, regularise it, and train the variants of "Entropy-Guided Attention for Private LLMs".
 
 The core (entropy, regularisation, attention, models) needs torch and transformers only. Names of the workshop
-(corpora, training, run records) are imported on first use.
+(corpora, training, run records, private inference) are imported on first use.
 """
 
 from importlib import import_module
@@ -20,6 +20,8 @@ _WORKSHOP = {
     "Recipe": "entropy_lib.study.training",
     "train_variant": "entropy_lib.study.training",
     "RunRecord": "entropy_lib.study.runs",
+    "inference_cost": "entropy_lib.private_inference.costs",
+    "run_two_party": "entropy_lib.private_inference.two_party",
 }
 
 __all__ = [

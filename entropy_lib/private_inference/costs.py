@@ -1,0 +1,149 @@
+"""What private inference costs: counts of every operation, times the unit prices of a book."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from entropy_lib.private_inference.architecture import PARTS, Architecture, Operation, operations
+from entropy_lib.private_inference.network import NETWORKS, Network
+
+BOOKS = Path(__file__).resolve().parents[2] / "data" / "private_inference" / "prices"
+
+
+@dataclass(frozen=True)
+class PriceBook:
+    """Unit prices of one engine, read from data/private_inference/prices.
+
+    `bytes` and `seconds`: operation (see `Operation.name`; "vocabulary projection" where it differs from "linear") ->
+    unit ("in", "out", "element", "row") -> price. Seconds are the busier party's processor time or, if
+    `includes_network`, everything; none were measured for the old engine, whose minutes are NaN.
+    `rounds`: operation -> messages one way that wait for each other, whatever the size.
+    """
+
+    name: str
+    source: str
+    includes_network: bool
+    bytes: dict[str, dict[str, float]] = field(repr=False)
+    seconds: dict[str, dict[str, float]] = field(repr=False)
+    rounds: dict[str, float] = field(repr=False)
+    factors: dict[str, dict[str, float]] = field(repr=False, default_factory=dict)  # the paper's, see `fitting`
+
+    def price(self, operation: Operation, table: dict[str, dict[str, float]]) -> float:
+        if not table:
+            return math.nan  # not measured on this engine
+        vocabulary = operation.part == "vocabulary projection" and operation.part in table
+        prices = table.get(operation.part if vocabulary else operation.name)
+        if prices is None:
+            raise ValueError(f"the price book {self.name!r} has no price for {operation.name!r}; it has {list(table)}")
+        units = operation.units()
+        return sum(price * units[unit] for unit, price in prices.items())
+
+
+def price_book(name: str) -> PriceBook:
+    """A book by its name or an unambiguous beginning of it, e.g. "spu-0.9.5"; ValueError lists the names."""
+    names = sorted(path.stem for path in BOOKS.glob("*.json"))
+    found = [known for known in names if known == name] or [known for known in names if known.startswith(name)]
+    if len(found) != 1:
+        raise ValueError(f"unknown price book {name!r}; choose from {', '.join(names)}")
+    return PriceBook(name=found[0], **json.loads((BOOKS / f"{found[0]}.json").read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class InferenceCost:
+    """The cost of one private forward pass of T tokens, in total and by part (see `PARTS`).
+
+    Attributes:
+        nonlinear_ops: name -> [how many, *shape], as Table 3 prints them; the final LayerNorm is not among them.
+        flops_ffn, flops_attention: plain floating-point operations, as Tables 3, 4, 7 and 8 count them.
+        communication_gb: 10^9 bytes, both ways.   latency_min: minutes.
+        bytes, minutes: by part; they add up to the two above.
+        per_layer_gb: communication of one layer, embedding and vocabulary left out.
+    """
+
+    architecture: Architecture
+    context_length: int
+    prices: str
+    network: str
+    nonlinear_ops: dict[str, list[int]]
+    flops_ffn: int
+    flops_attention: int
+    bytes: dict[str, float] = field(repr=False)
+    minutes: dict[str, float] = field(repr=False)
+    per_layer_gb: float
+
+    @property
+    def communication_gb(self) -> float:
+        return sum(self.bytes.values()) / 1e9
+
+    @property
+    def latency_min(self) -> float:
+        return sum(self.minutes.values())
+
+    def to_frame(self):
+        """A DataFrame with one row a part and a total: GB, share of the GB, minutes."""
+        import pandas as pd
+
+        frame = pd.DataFrame({"GB": {part: value / 1e9 for part, value in self.bytes.items()}})
+        frame["share"], frame["minutes"] = frame["GB"] / frame["GB"].sum(), pd.Series(self.minutes)
+        frame.loc["total"] = frame.sum()
+        return frame
+
+    def _repr_html_(self) -> str:
+        a, table = self.architecture, self.to_frame()
+        head = (
+            f"L={a.layers} H={a.heads} d={a.width} T={self.context_length} V={a.vocabulary:,}; prices {self.prices}, "
+            f"network {self.network}; FFN {self.flops_ffn / 1e9:.1f}, attention {self.flops_attention / 1e9:.1f} GFLOP"
+        )
+        formats = {"GB": "{:.3g}".format, "share": "{:.0%}".format, "minutes": "{:.3g}".format}
+        return f"<p>{html.escape(head)}</p>{table.to_html(formatters=formats)}"
+
+
+def inference_cost(
+    config, context_length: int, prices: str = "paper", network: Network | str | None = None
+) -> InferenceCost:
+    """What one private forward pass over `context_length` tokens costs, operation by operation.
+
+    Args:
+        config: an `EntropyGPT2Config`, any transformers configuration with GPT-2's names, or an `Architecture`.
+        context_length: T.
+        prices: "paper", fitted to the printed Tables 3, 4, 7 and 8; "spu-0.9.5-cheetah", measured here;
+            "spu-0.9.2b0-cheetah", the engine of the paper's time, measured here.
+        network: a `Network` or a name in `NETWORKS`, which adds bytes / bandwidth + rounds × latency to the measured
+            computation. None adds nothing; the paper's minutes include its network and cannot be moved to another.
+
+    Raises ValueError for an unknown book or network, and for an operation that the book has no price for.
+    """
+    architecture = config if isinstance(config, Architecture) else Architecture.of(config)
+    book = price_book(prices)
+    if isinstance(network, str):
+        if network not in NETWORKS:
+            raise ValueError(f"unknown network {network!r}; choose from {', '.join(NETWORKS)} or pass a Network")
+        network = NETWORKS[network]
+    if network and book.includes_network:
+        raise ValueError(f"the minutes of {book.name!r} include the network they were measured on; pass network=None")
+    sent, seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
+    flops = dict.fromkeys(PARTS, 0)
+    nonlinear: dict[str, list[int]] = {}
+    per_layer = 0.0
+    for operation in operations(architecture, context_length):
+        communicated = book.price(operation, book.bytes)
+        sent[operation.part] += communicated
+        seconds[operation.part] += book.price(operation, book.seconds)
+        if network:
+            seconds[operation.part] += network.seconds(communicated, book.rounds[operation.name])
+        flops[operation.part] += operation.flops
+        per_layer += communicated if operation.layer == 0 else 0
+        if operation.part in ("softmax", "LayerNorm", "activation") and operation.layer is not None:
+            heads = operation.shape[0] if operation.part == "softmax" else 1  # Table 3 counts every head
+            entry = nonlinear.setdefault(operation.name, [0, *operation.shape[-2:]])
+            entry[0] += heads
+    label = network.name if network else "included" if book.includes_network else "none"
+    return InferenceCost(
+        architecture, context_length, book.name, label,
+        nonlinear, flops["FFN linear"], flops["attention linear"], sent,
+        {part: value / 60 for part, value in seconds.items()}, per_layer / 1e9,
+    )  # fmt: skip

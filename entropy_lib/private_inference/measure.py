@@ -1,0 +1,206 @@
+"""`python -m entropy_lib.private_inference.measure`: bytes, seconds and rounds of operations and blocks under CHEETAH.
+
+Every measurement is written as soon as it is done, and one that is on record is not repeated: Ctrl-C, then the same
+command, goes on. Bytes and rounds are exact or nearly so on any machine; seconds are those of both parties on this
+one, so the processor seconds of the busier party and the machine's load are recorded beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+
+from entropy_lib.private_inference.architecture import Architecture, Operation, operations
+from entropy_lib.private_inference.parties import ENGINE, ROOT, SETTINGS, run_plan
+from entropy_lib.private_inference.two_party import forward_plan
+from entropy_lib.variants import VARIANTS
+
+OUTPUT = ROOT / "data" / "private_inference" / f"measured-spu-{ENGINE}-cheetah.json"
+VOCABULARY = 4096  # of the embedding; prices are per element, and the engine takes over 20 GB of memory for 50,257
+DELAY = 0.05  # seconds one way, injected to count rounds
+
+_PAPER = ("SM+ScFuFFN", "SM+LN+R", "SM+LN+G", "SM+R", "SM+LN", "SM+ScFFN", "SM+G", "SM(t)+ScFuFFN")
+_BEYOND = {
+    "SM + ReLU²": {"activation": "relu2"},
+    "SM + x²": {"activation": "square"},
+    "SM + x⊙y": {"activation": "bilinear"},
+    "ReLU attention + R": {"activation": "relu", "attention": "relu_attention"},
+    "ReLU attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "relu_attention"},
+    "x² attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "square_attention"},
+    "SM+ScFuFFN, 6 heads": {"activation": "linear", "fused": True, "heads": 6},
+}
+
+
+def block_architectures() -> dict[str, Architecture]:
+    """One block of d = 768 and 12 heads for each of the paper's kinds, and for candidates beyond them."""
+    kinds = {"gelu_new": "gelu"}
+    blocks = {}
+    for name in _PAPER:
+        v = VARIANTS[name]
+        blocks[name] = Architecture(
+            1, vocabulary=0, layer_norm=v.layer_norm, activation=kinds.get(v.ffn_activation, v.ffn_activation),
+            fused=v.fused_ffn, scaled=v.ffn_scaling, tempered=v.learnable_temperature,
+        )  # fmt: skip
+    return blocks | {n: Architecture(1, vocabulary=0, layer_norm=False, **change) for n, change in _BEYOND.items()}
+
+
+def weight_shapes(a: Architecture, context_length: int) -> dict[str, list[int]]:
+    """The server's weights for blocks without embedding and vocabulary, by the names of `forward_plan`."""
+    d, shapes = a.width, {}
+    for layer in range(a.layers):
+        pairs = {"qkv": (d, 3 * d), "attention_out": (d, d), "ffn_out": (d if a.fused else 4 * d, d)}
+        if not a.fused:
+            pairs["ffn_in"] = (d, 8 * d if a.activation == "bilinear" else 4 * d)
+        for name, (inputs, outputs) in pairs.items():
+            shapes |= {f"{layer}.{name}.weight": [inputs, outputs], f"{layer}.{name}.bias": [outputs]}
+        for name in ("norm1", "norm2") * a.layer_norm:
+            shapes |= {f"{layer}.{name}.weight": [d], f"{layer}.{name}.bias": [d]}
+        if a.tempered:
+            shapes[f"{layer}.query_scale"] = [a.heads, context_length, 1]
+    return shapes
+
+
+def operation_plan(operation: Operation) -> dict:
+    """One operation alone, its activations shared between the parties and its weights the server's."""
+    shape, name = list(operation.shape), operation.name
+    server = {}
+    if name in ("linear", "embed"):
+        rows, inputs, outputs = shape
+        shared = {"x": [rows, inputs]}
+        server = {"weight": [inputs, outputs], "bias": [rows, outputs] if name == "embed" else [outputs]}
+    elif name in ("scores", "mix"):
+        square = [shape[0], shape[1], shape[1]]
+        shared = {"x": shape if name == "scores" else square, "y": shape}
+    elif name == "bilinear":
+        shared = {"x": [*shape[:-1], 2 * shape[-1]]}
+    else:
+        shared = {"x": shape}
+        if name == "layernorm":
+            server = {"gain": shape[-1:], "bias": shape[-1:]}
+        elif name == "multiply":
+            server = {"scale": [*shape[:-1], 1]}
+    inputs = {
+        n: {"owner": "client", "shape": s, "dtype": "float32", "shared": name != "embed"} for n, s in shared.items()
+    }
+    inputs |= {n: {"owner": "server", "shape": s, "dtype": "float32"} for n, s in server.items()}
+    step = {"part": operation.part, "operation": name, "inputs": list(inputs), "outputs": ["y"]}
+    return {"inputs": inputs, "steps": [step], "outputs": []}
+
+
+def random_values(plan: dict) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng(0)
+    values = {}
+    for name, spec in plan["inputs"].items():
+        values[name] = generator.standard_normal(spec["shape"], dtype=np.float32)
+        if spec["owner"] == "server":
+            values[name] *= 0.02
+    return values
+
+
+def tasks(context_length: int) -> Iterator[tuple[str, str, dict, float]]:
+    """(section, name, plan, delay): operations at the paper's shapes, whole blocks, then rounds, on small shapes."""
+    kinds = [Architecture(vocabulary=VOCABULARY), *block_architectures().values()]
+    wanted = {(o.name, o.shape): o for a in kinds for o in operations(a, context_length)}
+    if context_length == 128:
+        for extra in (  # other widths, to tell the units apart
+            Operation("LayerNorm", "layernorm", (128, 256)),
+            Operation("embedding", "embed", (128, 1024, 768)),
+        ):
+            wanted[extra.name, extra.shape] = extra
+        wanted = {key: o for key, o in wanted.items() if o.part != "vocabulary projection"}  # linear like the others
+    else:  # what is linear in T needs no second length
+        wanted = {key: o for key, o in wanted.items() if o.name in ("scores", "mix") or o.part == "softmax"}
+    for operation in sorted(wanted.values(), key=lambda o: (o.name in ("linear", "embed"), math.prod(o.shape))):
+        yield "operations", label(operation), operation_plan(operation), 0.0
+    for name, architecture in block_architectures().items():
+        plan = forward_plan(architecture, weight_shapes(architecture, context_length), context_length)
+        yield "blocks", f"{name}, T={context_length}", {**plan, "outputs": []}, 0.0
+    if context_length == 128:
+        for delay in (0.0, DELAY):
+            yield "rounds", f"{delay:g} s one way", rounds_plan(kinds), delay
+
+
+def rounds_plan(kinds: list[Architecture]) -> dict:
+    """Every operation once, on a small shape: rounds do not grow with the size, but for the maximum over T keys."""
+    total = {"inputs": {}, "steps": [], "outputs": []}
+    for name, operation in {o.name: o for a in kinds for o in operations(a, 128)}.items():
+        shape = (1, *operation.shape[1:]) if len(operation.shape) == 3 else (16, 64)
+        plan = operation_plan(Operation(operation.part, name, (16, 64, 64) if name in ("linear", "embed") else shape))
+        total["inputs"] |= {f"{name} {source}": spec for source, spec in plan["inputs"].items()}
+        step = plan["steps"][0]
+        total["steps"].append({**step, "inputs": [f"{name} {source}" for source in step["inputs"]]})
+    return total
+
+
+def label(operation: Operation) -> str:
+    return f"{operation.name} {'×'.join(map(str, operation.shape))}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m entropy_lib.private_inference.measure", description=__doc__)
+    parser.add_argument("--context-length", type=int, nargs="+", default=[128, 256], metavar="T")
+    parser.add_argument("--only", default="", help="measurements whose section and name contain this")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--timeout", type=float, default=3600.0, help="seconds a measurement may take")
+    options = parser.parse_args(arguments)
+    record = {"operations": {}, "rounds": {}, "blocks": {}}
+    if options.output.exists():
+        record = json.loads(options.output.read_text())
+    record |= {
+        "engine": f"spu {ENGINE}, CHEETAH", "settings": SETTINGS,
+        "command": "python -m entropy_lib.private_inference.measure",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work", "date": str(date.today()),
+    }  # fmt: skip
+    todo = [task for length in options.context_length for task in tasks(length) if options.only in " ".join(task[:2])]
+    todo = [task for task in todo if task[1] not in record[task[0]]]
+    try:
+        for number, (section, name, plan, delay) in enumerate(todo, 1):
+            load, where = os.getloadavg()[0], f"[{number}/{len(todo)}] {name}"
+
+            def progress(done, total, where=where):
+                print(f"{where}: step {done} of {total}", file=sys.stderr, flush=True)
+
+            _, steps = run_plan(
+                plan, random_values(plan), "CHEETAH", timeout=options.timeout, delay=delay,
+                progress=progress if len(plan["steps"]) > 1 else None,
+            )  # fmt: skip
+            sums = {key: sum(step[key] for step in steps) for key in ("bytes", "seconds", "cpu_seconds", "messages")}
+            sums = {key: round(value, 3) for key, value in sums.items()} | {"load_before": round(load, 2)}
+            if section == "operations":
+                step = plan["steps"][0]
+                shape = [int(size) for size in name.split(" ")[1].split("×")]
+                sums = {"part": step["part"], "operation": step["operation"], "shape": shape, **sums}
+            else:
+                sums["steps"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in steps]
+                sums["delay"] = delay
+            record[section][name] = sums
+            write(options.output, record)
+            print(f"{where}: {sums['bytes'] / 1e6:.2f} MB, {sums['seconds']:.1f} s", flush=True)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    except (ImportError, OSError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def write(path: Path, record: dict) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".tmp")
+    draft.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    draft.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

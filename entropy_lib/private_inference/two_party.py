@@ -1,0 +1,210 @@
+"""A model's forward pass between two parties: the client holds the token ids, the server the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entropy_lib.folding import fold_for_inference
+from entropy_lib.modeling import EntropyGPT2LMHeadModel
+from entropy_lib.private_inference.architecture import Architecture
+from entropy_lib.private_inference.parties import run_plan
+
+
+@dataclass(frozen=True)
+class TwoPartyResult:
+    """What a private forward pass gave and what it cost.
+
+    Attributes:
+        logits: [1, T, V], float32, as the client decoded them.
+        max_error: largest absolute difference to the model's own logits.
+        steps: one dict an operation, in order: part, operation, bytes (both ways), seconds (wall, both parties on this
+            machine), cpu_seconds (processor time of the busier process), messages (sent by the client; not rounds).
+    """
+
+    logits: Tensor = field(repr=False)
+    max_error: float
+    protocol: str
+    steps: list[dict] = field(repr=False)
+
+    @property
+    def bytes(self) -> int:
+        """Sent by both parties during the pass; connecting and setting up keys (about 20 MB) excluded."""
+        return sum(step["bytes"] for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        return sum(step["seconds"] for step in self.steps)
+
+    def to_frame(self):
+        """A DataFrame with one row a part: bytes, seconds, cpu_seconds, messages."""
+        import pandas as pd
+
+        return pd.DataFrame(self.steps).drop(columns="operation").groupby("part", sort=False).sum()
+
+
+def run_two_party(
+    model: torch.nn.Module, input_ids: Tensor, protocol: str = "SEMI2K", *, record: list | None = None,
+    progress: Callable[[int, int], None] | None = None, **options,
+) -> TwoPartyResult:  # fmt: skip
+    """The logits of `model` on one sequence, computed by two parties on secret shares.
+
+    Threat model: two parties, semi-honest, that do not collude. The server sees neither the token ids nor anything
+    computed from them; the client sees no weight, only the logits. Both know the architecture and the length. This is
+    for measurement: the parties run on one machine under one user, links are not encrypted, and an error of one unit
+    in the last place of products is allowed. Do not protect real secrets with it.
+
+    Args:
+        model: any of the twelve variants, or transformers' GPT2LMHeadModel; it is folded first (`fold_for_inference`).
+        input_ids: [T] or [1, T], T at least 2.
+        protocol: "CHEETAH", two processes that talk over loopback, homomorphic encryption and oblivious transfer, the
+            paper's; or "SEMI2K", one process with both parties and a trusted dealer: fast, its bytes are not
+            comparable with the paper's.
+        record, progress, host, ports, timeout, delay: see `parties.run_plan`.
+
+    Raises ValueError for a model with an operation that is not supported; otherwise as `parties.run_plan`.
+    """
+    input_ids = torch.as_tensor(input_ids)
+    ids = input_ids.reshape(-1)
+    if input_ids.dim() > 2 or (input_ids.dim() == 2 and len(input_ids) != 1) or len(ids) < 2:
+        raise ValueError(f"expected one sequence of two or more token ids, got shape {list(input_ids.shape)}")
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        raise ValueError(f"token ids must be in [0, {model.config.vocab_size}), got {ids.min()} to {ids.max()}")
+    if len(ids) > model.config.n_positions:
+        raise ValueError(f"input of {len(ids)} tokens exceeds the model's {model.config.n_positions} positions")
+    architecture, weights = server_weights(model, len(ids))
+    one_hot = np.eye(architecture.vocabulary, dtype=np.float32)[ids.cpu().numpy()]
+    plan = forward_plan(architecture, {name: list(array.shape) for name, array in weights.items()}, len(ids))
+    outputs, steps = run_plan(
+        plan, {**weights, "one_hot": one_hot}, protocol, record=record, progress=progress, **options
+    )
+    logits = torch.from_numpy(outputs["logits"]).float()[None]
+    with torch.no_grad():
+        was_training = model.training
+        plain = model.eval()(ids[None].to(model.device)).logits.float().cpu()
+        model.train(was_training)
+    return TwoPartyResult(logits, (logits - plain).abs().max().item(), protocol, steps)
+
+
+def generate_two_party(
+    model: torch.nn.Module, input_ids: Tensor, max_new_tokens: int, protocol: str = "SEMI2K", **options
+) -> Tensor:
+    """Greedy continuation of [T] or [1, T] ids, every token from a private pass; returns [1, T + max_new_tokens].
+
+    The passes start anew, there being no private key-value cache.
+    """
+    ids = torch.as_tensor(input_ids).reshape(1, -1)
+    for _ in range(max_new_tokens):
+        token = run_two_party(model, ids, protocol, **options).logits[:, -1].argmax(-1)
+        ids = torch.cat([ids, token[None].to(ids)], dim=1)
+    return ids
+
+
+def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Architecture, dict[str, np.ndarray]]:
+    """What the server brings: the folded weights as float32, with what else is linear moved into them.
+
+    1/√d_k goes into W_Q. Without LayerNorm the stream may carry any scale s, so that β costs nothing: a layer reads
+    s·X through scaled W, adds its FFN's output over s·β, and hands s·β on. What stays is the temperature's scale of
+    the queries, a product of T·d elements with a value that the server knows.
+    """
+    architecture = Architecture.of(model.config)
+    if architecture.layer_norm and abs(model.config.layer_norm_epsilon - 1e-5) > 1e-9:
+        raise ValueError(f"layer_norm_epsilon must be 1e-5, got {model.config.layer_norm_epsilon}")
+    folded = fold_for_inference(model) if isinstance(model, EntropyGPT2LMHeadModel) else model
+    state = {name: value.detach().double().cpu() for name, value in folded.state_dict().items()}
+    body = "transformer."
+    weights = {
+        "tokens": state[body + "wte.weight"],
+        "positions": state[body + "wpe.weight"][:context_length],
+    }
+    size, scale = architecture.width // architecture.heads, 1.0
+    for layer in range(architecture.layers):
+        here = f"{body}h.{layer}."
+
+        def part(name, here=here):
+            return state[f"{here}{name}.weight"], state[f"{here}{name}.bias"]
+
+        beta = state[here + "beta"].item() if architecture.scaled else 1.0
+        if beta == 0:
+            raise ValueError(f"β of layer {layer} is 0: it cannot be moved into the weights")
+        qkv, bias = (tensor.clone() for tensor in part("attn.c_attn"))
+        qkv *= scale
+        for tensor in (qkv, bias):
+            tensor[..., : architecture.width] /= math.sqrt(size)
+        group = {"qkv": (qkv, bias), "attention_out": tuple(x / scale for x in part("attn.c_proj"))}
+        if architecture.fused:
+            weight, bias = part("mlp.c_proj")
+            group["ffn_out"] = (weight / beta, bias / (scale * beta))
+        else:
+            weight, bias = part("mlp.c_fc")
+            group["ffn_in"] = (weight * scale, bias)
+            group["ffn_out"] = tuple(x / (scale * beta) for x in part("mlp.c_proj"))
+        if architecture.layer_norm:
+            group["norm1"], group["norm2"] = part("ln_1"), part("ln_2")
+        if architecture.tempered:
+            weights[f"{layer}.query_scale"] = state[here + "attn.query_scale"][:, :context_length, None]
+        for name, (weight, bias) in group.items():
+            weights |= {f"{layer}.{name}.weight": weight, f"{layer}.{name}.bias": bias}
+        scale *= beta
+    if architecture.layer_norm:
+        weights |= {"norm.weight": state[body + "ln_f.weight"], "norm.bias": state[body + "ln_f.bias"]}
+    weights["vocabulary"] = state["lm_head.weight"].T * scale
+    return architecture, {name: np.ascontiguousarray(value.float().numpy()) for name, value in weights.items()}
+
+
+def forward_plan(architecture: Architecture, weights: dict[str, list[int]], context_length: int) -> dict:
+    """The plan of a forward pass (see `party`): the client's one-hot ids to logits, or, without a vocabulary, one or
+    more blocks from a hidden state that both parties hold shares of. `weights`: name to shape."""
+    a, t = architecture, context_length
+    inputs = {name: {"owner": "server", "shape": shape, "dtype": "float32"} for name, shape in weights.items()}
+    steps = []
+
+    def step(part, operation, sources, result, **constants):
+        results = [result] if isinstance(result, str) else result
+        entry = {"part": part, "operation": operation, "inputs": sources, "outputs": results}
+        steps.append({**entry, "constants": constants} if constants else entry)
+
+    def linear(part, x, name, result):
+        step(part, "linear", [x, f"{name}.weight", f"{name}.bias"], result)
+
+    def norm(name, result):
+        step("LayerNorm", "layernorm", ["x", f"{name}.weight", f"{name}.bias"], result)
+
+    if a.vocabulary:
+        inputs["one_hot"] = {"owner": "client", "shape": [t, a.vocabulary], "dtype": "float32"}
+        step("embedding", "embed", ["one_hot", "tokens", "positions"], "x")
+    else:
+        inputs["x"] = {"owner": "client", "shape": [t, a.width], "dtype": "float32", "shared": True}
+    source = "h" if a.layer_norm else "x"
+    for layer in range(a.layers):
+        if a.layer_norm:
+            norm(f"{layer}.norm1", "h")
+        linear("attention linear", source, f"{layer}.qkv", "qkv")
+        step("attention linear", "heads", ["qkv"], ["q", "k", "v"], count=a.heads)
+        if a.tempered:
+            step("attention linear", "multiply", ["q", f"{layer}.query_scale"], "q")
+        step("attention linear", "scores", ["q", "k"], "s")
+        step("softmax", a.attention, ["s"], "a")
+        step("attention linear", "mix", ["a", "v"], "o")
+        linear("attention linear", "o", f"{layer}.attention_out", "y")
+        step("attention linear", "add", ["x", "y"], "x")
+        if a.layer_norm:
+            norm(f"{layer}.norm2", "h")
+        if a.fused:
+            linear("FFN linear", source, f"{layer}.ffn_out", "y")
+        else:
+            linear("FFN linear", source, f"{layer}.ffn_in", "u")
+            if a.activation != "linear":
+                step("activation", a.activation, ["u"], "u")
+            linear("FFN linear", "u", f"{layer}.ffn_out", "y")
+        step("FFN linear", "add", ["x", "y"], "x")
+    if a.vocabulary:
+        if a.layer_norm:
+            norm("norm", "x")
+        step("vocabulary projection", "linear", ["x", "vocabulary"], "logits")
+    return {"inputs": inputs, "steps": steps, "outputs": ["logits" if a.vocabulary else "x"]}

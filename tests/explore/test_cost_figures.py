@@ -1,0 +1,44 @@
+"""Bars of parts and the frontier of perplexity against bytes: what is drawn is what was given."""
+
+import pytest
+
+pytest.importorskip("plotly")
+from entropy_lib.explore.cost_figures import PART_COLORS, part_bars, quality_against_cost
+from entropy_lib.private_inference.architecture import PARTS
+
+COSTS = {"a": {"softmax": 2.0, "activation": 3.0}, "b": {"softmax": 2.0, "LayerNorm": 0.5}}
+
+
+def test_every_part_has_a_colour():
+    assert set(PART_COLORS) == set(PARTS)
+
+
+def test_bars_hold_the_parts_and_totals():
+    figure = part_bars(COSTS, title="A title", x_title="GB")
+    assert {trace.name: list(trace.x) for trace in figure.data} == {
+        "softmax": [2.0, 2.0],
+        "LayerNorm": [0.0, 0.5],
+        "activation": [3.0, 0.0],
+    }
+    assert [note.text for note in figure.layout.annotations] == ["5", "2.5"]
+    assert figure.layout.xaxis.title.text == "GB"
+
+
+def test_marks_are_at_the_printed_values_and_inside_the_axis():
+    figure = part_bars(COSTS, title="", x_title="GB", marks={"b": 7.0})
+    cross = figure.data[-1]
+    assert (list(cross.x), list(cross.y), cross.marker.symbol) == ([7.0], ["b"], "x")
+    assert figure.layout.xaxis.range[1] > 7.0
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(ValueError, match=r"'lookup'.*the parts are softmax"):
+        part_bars({"a": {"lookup": 1.0}}, title="", x_title="")
+
+
+def test_the_line_joins_what_nothing_beats():
+    points = {"cheap": (1.0, 9.0), "good": (5.0, 3.0), "beaten": (6.0, 4.0), "middle": (2.0, 6.0)}
+    figure = quality_against_cost(points, title="", x_title="GB", y_title="perplexity")
+    assert list(zip(figure.data[0].x, figure.data[0].y, strict=True)) == [(1.0, 9.0), (2.0, 6.0), (5.0, 3.0)]
+    assert {trace.name: (trace.x[0], trace.y[0]) for trace in figure.data[1:]} == points
+    assert [note.text for note in figure.layout.annotations] == list(points)
