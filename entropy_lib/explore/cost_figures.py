@@ -40,7 +40,7 @@ def part_bars(
     for row, total in zip(rows, totals, strict=True):
         ahead = max(total, (marks or {}).get(row, 0) + 0.015 * reach) if marks else total
         place = {"x": ahead, "y": row, "xanchor": "left", "xshift": 6, "showarrow": False}
-        figure.add_annotation(text=f"{total:.3g}", **place)
+        figure.add_annotation(text=f"{total:,.0f}" if total >= 100 else f"{total:.3g}", **place)
     if marks:
         cross = {"symbol": "x", "size": 8, "color": _ink(INK), "line": {"color": "white", "width": 1}}
         where = {"x": _plain(list(marks.values())), "y": list(marks)}

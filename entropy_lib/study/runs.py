@@ -144,11 +144,15 @@ def compare(records: Iterable[RunRecord], baseline: str = "SM+LN+G") -> pd.DataF
 
     The gap is relative, PPL/PPL_baseline - 1, and NaN without a baseline run. The spread is the sample standard
     deviation over seeds, NaN for one seed. Bands are Figure 2a's, averaged over runs; a collapsed run has no
-    perplexity and is counted in `collapsed`.
+    perplexity and is counted in `collapsed`. Raises ValueError for records of different corpora, sizes or context
+    lengths.
     """
     records = list(records)
     if not records:
         raise ValueError("no run records to compare")
+    settings = {(record.corpus, record.size, record.context_length) for record in records}
+    if len(settings) > 1:
+        raise ValueError(f"perplexities compare within one corpus, size and context length only, got {settings}")
     rows = [
         {
             "variant": record.variant,

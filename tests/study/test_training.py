@@ -317,6 +317,8 @@ def test_compare_table(corpus, tmp_path):
     assert table.filter(like="band").sum(axis=1).to_numpy() == pytest.approx(1.0)
     with pytest.raises(ValueError, match="no run records"):
         compare([])
+    with pytest.raises(ValueError, match="within one corpus"):
+        compare([records[0], replace(records[1], corpus="another")])
 
 
 @pytest.mark.parametrize(
