@@ -6,6 +6,9 @@ _EXPLORERS = {  # name: its file, named otherwise, since importing a file puts i
     "penalty_explorer": "penalty",
     "temperature_explorer": "temperature",
     "run_explorer": "recorded_runs",
+    "training_playground": "playground",
+    "cost_explorer": "pricing",
+    "attention_inspector": "inspector",
 }
 
 __all__ = list(_EXPLORERS)
