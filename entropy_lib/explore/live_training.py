@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from entropy_lib.study.recipes import Recipe
 from entropy_lib.study.training import Corpus, train_variant
@@ -98,17 +99,23 @@ class _Stopped(Exception):
 
 class _Follow(TrainerCallback):
     def __init__(self, run: LiveRun):
-        self.run = run
+        self.run, self._bars = run, False
 
     def on_step_end(self, args, state, control, **kwargs):
         self.run.step = state.global_step
         if self.run._stop.is_set():
+            self._bars = logging.is_progress_bar_enabled()
+            logging.disable_progress_bar()  # the one of saving would land in whatever cell the reader runs just then
             control.should_save = control.should_training_stop = True
         self.run._look()
         return control
 
     def on_record(self, row: dict) -> None:
         self.run.rows.append(row)
+
+    def on_save(self, args, state, control, **kwargs):
+        if self._bars:
+            logging.enable_progress_bar()
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.run._stop.is_set() and state.global_step < state.max_steps:
