@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import plotly.io as pio
+import torch
 
 from entropy_lib.explore.figures import COLLAPSE, GRID, INK, OVERLOAD, VARIANT_COLORS, go
 
@@ -88,6 +89,8 @@ class Explorer(widgets.VBox):
         if self._drawing:
             return
         self._drawing = True
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # starting a second one takes longer than these small sums, above all on busy cores
         try:
             with self.figure.batch_update():
                 self.draw(changed)
@@ -95,6 +98,7 @@ class Explorer(widgets.VBox):
             self.say(coloured(f"{error}", OVERLOAD))
         finally:
             self._drawing = False
+            torch.set_num_threads(threads)
 
     def say(self, words: str) -> None:
         """Put one line of HTML above the figure; screen readers are told too."""
@@ -115,6 +119,7 @@ def on_any_page(figure: go.Figure) -> go.FigureWidget:
     described["layout"].pop("template", None)
     try:
         made = go.FigureWidget(_repaint(described))
+        made._config = {**made._config, "responsive": True}  # as wide as the cell from the first view on
     except ImportError as error:  # plotly 6 and newer need anywidget, 5.24 does not
         raise ImportError("the explorers need anywidget: pip install 'entropy_lib[notebooks]'") from error
     return made.update_layout(template="entropy_any_page", autosize=True, width=None, uirevision="explorer")
