@@ -19,7 +19,14 @@ from entropy_lib.study.recipes import Recipe, get_recipe
 from entropy_lib.study.training import Corpus
 from entropy_lib.variants import VARIANTS, get_variant
 
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")  # of runs of one variant, which share a colour
+DASHES = (
+    "solid",
+    "dash",
+    "dot",
+    "dashdot",
+    "longdash",
+    "longdashdot",
+)  # of one run and the next: variants have colours, and some share one
 # Small steps and a short warm-up: a learning rate shows within seconds what it does. A run ends as collapsed sooner
 # than in a study, where a few odd steps are worth sitting out.
 QUICK = {
@@ -35,7 +42,7 @@ class TrainingPlayground(Explorer):
         self.recipe, self.size, self.seed, self.runs, self._count = recipe, size, seed, [], 0
         self._corpus_given, self._corpus, self._unigram = corpus, None, None
         self._lock = threading.RLock()  # the training's thread draws, and so does the kernel's
-        narrow = {"width": "255px"}
+        narrow = {"width": "190px"}
         controls = {
             "variant": dropdown("variant", "Variant", list(VARIANTS), get_variant(variant).name),
             "learning_rate": slider(
@@ -43,11 +50,11 @@ class TrainingPlayground(Explorer):
             ),
             "steps": slider("steps", "Steps", recipe.steps, 1, max(500, recipe.steps), 1, **narrow),
             "temperature": slider(
-                "temperature", "t at the start", recipe.temperature_init, 1e-3, 10.0, 0.1, log=True, form=".2g",
+                "temperature", "Initial t", recipe.temperature_init, 1e-3, 10.0, 0.1, log=True, form=".2g",
                 tip="temperature of every head and position before the first step", **narrow,
             ),
             "threshold": slider(
-                "threshold", "θ at the start", recipe.threshold_init, 0.0, 1.0, 0.05,
+                "threshold", "Initial θ", recipe.threshold_init, 0.0, 1.0, 0.05,
                 tip="threshold of every head before the first step, as a fraction of log T", **narrow,
             ),
             "margin": slider("margin", "Margin γ", recipe.tolerance_margin_factor, 0.0, 0.5, 0.01, **narrow),
@@ -55,13 +62,13 @@ class TrainingPlayground(Explorer):
                 "coefficient", "Weight λ", recipe.loss_coeff, 1e-3, 10.0, 0.1, log=True, form=".2g",
                 tip="of the penalty's mean over heads and queries; the paper's 1e-5 of the sum is 0.16 here", **narrow,
             ),
-            "show": dropdown("show", "Show", [("no run yet", None)], width="330px"),
+            "show": dropdown("show", "Show", [("no run yet", None)], width="260px"),
         }  # fmt: skip
         self.buttons = {
             name: _button(name, lambda _, action=action: self._press(action))
             for name, action in (("run", self.run), ("stop", self.stop), ("resume", self.resume), ("clear", self.clear))
         }
-        self.progress = widgets.IntProgress(value=0, min=0, max=1, layout=widgets.Layout(width="220px"))
+        self.progress = widgets.IntProgress(value=0, min=0, max=1, layout=widgets.Layout(width="140px"))
         self.progress.add_class("entropy-progress")
         rows = [["variant", "learning_rate", "steps"], ["temperature", "threshold", "margin", "coefficient"]]
         rows.append([row(*self.buttons.values()), self.progress, "show"])
@@ -86,6 +93,7 @@ class TrainingPlayground(Explorer):
             f"{self._count} · {_settings(value['variant'], recipe)}", value["variant"], self._load, recipe,
             size=self.size, seed=self.seed, on_change=lambda run: self.redraw("training"),
         )  # fmt: skip
+        run.number = self._count
         for old in self.runs[: len(self.runs) + 1 - MAX_RUNS]:
             old.close()
         self._show([*self.runs, run][-MAX_RUNS:], run)
@@ -155,15 +163,14 @@ class TrainingPlayground(Explorer):
         marks = [self._unigram] if self._unigram else []
         top = 1.1 * max(first + marks, default=8)
         low = min([r["loss"] for run in self.runs for r in run.rows if math.isfinite(r["loss"])] + marks, default=0)
-        crosses, used = [], []
+        crosses = []
         for slot in range(MAX_RUNS):
             run = self.runs[slot] if slot < len(self.runs) else None
             rows = list(run.rows) if run else []
             line = {"x": [r["step"] for r in rows], "y": _plain([r["loss"] for r in rows])}
             if run:
                 color = legible(VARIANT_COLORS.get(run.variant, PALETTE[slot]))
-                line |= {"name": run.name, "line.color": color, "line.dash": DASHES[used.count(run.variant)]}
-                used.append(run.variant)
+                line |= {"name": run.name, "line.color": color, "line.dash": DASHES[(run.number - 1) % MAX_RUNS]}
                 if run.state == "collapsed" and rows:
                     crosses.append((run.step, min(rows[-1]["loss"], top), color))
             data[slot].update({**line, "showlegend": run is not None}, overwrite=True)
@@ -282,7 +289,7 @@ def _heads(run: LiveRun) -> str:
 
 
 def _button(name: str, action) -> widgets.Button:
-    button = widgets.Button(description=name.capitalize(), layout=widgets.Layout(width="82px"))
+    button = widgets.Button(description=name.capitalize(), layout=widgets.Layout(width="74px"))
     button.button_style = "primary" if name == "run" else ""
     button.add_class(f"entropy-{name}")
     button.on_click(action)

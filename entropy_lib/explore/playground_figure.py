@@ -12,7 +12,7 @@ MAX_RUNS = 6  # overlaid; the oldest makes room for the next
 def empty_figure(layers: int, context_length: int) -> go.Figure:
     """Traces: MAX_RUNS losses, the crosses of collapsed runs, one line a layer, the heatmap of heads."""
     specs = [[{"colspan": 2}, None], [{}, {}]]
-    gaps = {"vertical_spacing": 0.2, "horizontal_spacing": 0.12, "column_widths": [0.58, 0.42]}
+    gaps = {"vertical_spacing": 0.17, "horizontal_spacing": 0.12, "column_widths": [0.58, 0.42]}
     figure = make_subplots(2, 2, specs=specs, subplot_titles=["<b>Loss of every run</b>", "", ""], **gaps)
     for _ in range(MAX_RUNS):
         figure.add_scatter(x=[], y=[], mode="lines", showlegend=False, line={"width": 2}, row=1, col=1)
@@ -23,7 +23,14 @@ def empty_figure(layers: int, context_length: int) -> go.Figure:
         style = {"line": {"width": 2, "color": shade}, "name": f"layer {layer}", "legend": "legend2"}
         figure.add_scatter(x=[], y=[], mode="lines", **style, row=2, col=1)
     ceiling = math.log(context_length)
-    bar = {"title": {"text": "nats", "side": "top"}, "thickness": 12, "outlinewidth": 0, "len": 0.42, "y": 0.2}
+    bar = {
+        "title": {"text": "nats", "side": "top", "font": {"size": 13}},
+        "tickfont": {"size": 13},
+        "thickness": 12,
+        "outlinewidth": 0,
+        "len": 0.42,
+        "y": 0.2,
+    }
     figure.add_heatmap(
         z=None, xgap=2, ygap=2, colorscale="Cividis", zmin=0, zmax=ceiling, colorbar=bar, row=2, col=2,
         hovertemplate="layer %{y}, head %{x}<br>%{z:.3g} nats<extra></extra>",
@@ -46,7 +53,7 @@ def empty_figure(layers: int, context_length: int) -> go.Figure:
     label = {"text": "unigram entropy: no use of context", "x": 1, "xref": "x domain", "xanchor": "right", "y": 0}
     figure.add_annotation(**label, yanchor="bottom", showarrow=False, visible=False)
     across = {"orientation": "h", "x": 0, "yanchor": "top"}
-    _dress(figure, "", 660, extra_top=8)
+    _dress(figure, "", 640, extra_top=8)
     below = figure.layout.yaxis2.domain
     figure.update_layout(
         legend={"orientation": "v", "x": 1, "xanchor": "right", "y": 1, "yanchor": "top", "bgcolor": "rgba(0,0,0,0)"},

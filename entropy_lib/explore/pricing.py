@@ -153,7 +153,8 @@ def _empty_figure() -> go.Figure:
             marker={"symbol": "x", "size": 9, "color": INK, "line": {"color": "white", "width": 1}},
             hovertemplate="printed: %{x}<extra></extra>", row=1, col=column,
         )  # fmt: skip
-    legend = {"orientation": "h", "x": 0, "y": -0.32, "yanchor": "top", "traceorder": "normal"}
-    _dress(figure, "", 330, extra_top=20).update_layout(barmode="stack", bargap=0.35, legend=legend)
-    bare = {"ticks": "", "ticksuffix": " ", "showgrid": False, "automargin": True, "range": [1.5, -0.5]}
+    legend = {"orientation": "h", "x": 0.01, "xref": "container", "y": 0.0, "yref": "container", "yanchor": "bottom"}
+    _dress(figure, "", 350, extra_top=20).update_layout(barmode="stack", bargap=0.35, legend=legend)
+    figure.update_layout(margin={"l": 170, "b": 115}, legend_traceorder="normal")
+    bare = {"ticks": "", "ticksuffix": " ", "showgrid": False, "range": [1.5, -0.5]}
     return figure.update_yaxes(tickvals=[0, 1], **bare)

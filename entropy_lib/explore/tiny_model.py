@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from entropy_lib.modeling import EntropyGPT2LMHeadModel
 
@@ -19,11 +20,17 @@ def load_tiny_model(folder: str | Path = MODELS / TINY) -> tuple[EntropyGPT2LMHe
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
         raise ValueError(f"no model at {folder}; make it with: python -m entropy_lib.explore.tiny_model")
-    model = EntropyGPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it is read in milliseconds
+    try:
+        model = EntropyGPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32)
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return model.eval(), AutoTokenizer.from_pretrained(folder)
 
 
-def make_tiny_model(folder: str | Path = MODELS / TINY, steps: int = 200) -> None:
+def make_tiny_model(folder: str | Path = MODELS / TINY, steps: int = 600) -> None:
     """Train EReg(SM(t)+ScFuFFN) at size "tiny" on the sample corpus and save it in float16 with its tokenizer."""
     from entropy_lib.study.corpus import load_corpus
     from entropy_lib.study.recipes import get_recipe
@@ -40,6 +47,6 @@ def make_tiny_model(folder: str | Path = MODELS / TINY, steps: int = 200) -> Non
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=MODELS / TINY)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=600)
     options = parser.parse_args()
     make_tiny_model(options.folder, options.steps)
