@@ -21,8 +21,13 @@ TEXT = """def softmax(scores):
     return [exp(score - largest) for score in scores]
 """
 LINE, LINES = 84, 5  # characters in a line of tokens, and lines without squeezing
-BLUE, CHOSEN, FAINT = "#0072B2", "#E69F00", "rgba(117,123,133,0.45)"
-_SCALE = [[0, CLEAR], [0.05, "rgba(0,114,178,0.3)"], [0.3, "rgba(0,114,178,0.7)"], [1, BLUE]]  # small weights show too
+BLUE, CHOSEN, FAINT = "#3B9AD9", "#E69F00", "rgba(117,123,133,0.45)"
+_SCALE = [
+    [0, CLEAR],
+    [0.05, "rgba(59,154,217,0.35)"],
+    [0.3, "rgba(59,154,217,0.8)"],
+    [1, BLUE],
+]  # small weights show too
 
 
 @dataclass(frozen=True)
@@ -76,13 +81,17 @@ class AttentionInspector(Explorer):
         controls = {
             "text": box,
             "model": dropdown("model", "Model", list(models)),
-            "layer": slider("layer", "Layer", 0, 0, 1, 1, width="240px"),
-            "head": slider("head", "Head", 0, 0, 1, 1, width="240px"),
-            "position": slider("position", "Token", max_tokens - 1, 0, max_tokens - 1, 1, width="320px"),
+            "layer": slider("layer", "Layer", 0, 0, 1, 1, width="190px"),
+            "head": slider("head", "Head", 0, 0, 1, 1, width="190px"),
+            "position": slider("position", "Token", max_tokens - 1, 0, max_tokens - 1, 1, width="290px"),
         }
         super().__init__(_empty_figure(), controls, [["text", "model"], ["layer", "head", "position"]])
+        if self.reading is not None:  # else the text could not be read, which is said above the figure
+            _, heads, _ = self.reading.entropy.shape
+            layer, head = divmod(int(self.reading.entropy.mean(-1).argmin()), heads)
+            self._choose(layer=layer, head=head)  # the sharpest, which has most to show
         cells, _, _, grid, _, matrix, _ = self.figure.data
-        cells.on_hover(lambda trace, points, state: self._pick(points, position=lambda n: n))
+        cells.on_hover(lambda trace, points, state: self._pick(points, position=None))
         grid.on_click(lambda trace, points, state: self._pick(points, layer="ys", head="xs"))
         matrix.on_hover(lambda trace, points, state: self._pick(points, position="ys"))
 
@@ -90,9 +99,13 @@ class AttentionInspector(Explorer):
         """Set controls from where the mouse is: from the point's number, or its coordinate."""
         if not points.point_inds:
             return
+        at = {name: getattr(points, where)[0] if where else points.point_inds[0] for name, where in names.items()}
+        self._choose(**at)
+
+    def _choose(self, **values) -> None:
         self._drawing = True  # two controls may change, drawn once below
-        for name, where in names.items():
-            self.controls[name].value = points.point_inds[0] if callable(where) else int(getattr(points, where)[0])
+        for name, value in values.items():
+            self.controls[name].value = int(value)
         self._drawing = False
         self.redraw("position")
 
@@ -108,6 +121,8 @@ class AttentionInspector(Explorer):
                 follow = name == "position" and control.value == control.max  # the end of the text, while typing
                 control.max = size - 1
                 control.value = size - 1 if follow else min(control.value, size - 1)
+        elif self.reading is None:
+            raise ValueError("nothing is read yet: type a text")
         layer, head, position = (self.controls[name].value for name in ("layer", "head", "position"))
         new_text = changed in (None, "text", "model")
         self._draw_tokens(layer, head, position, new_text)

@@ -35,7 +35,7 @@ class CostExplorer(Explorer):
             (f"{n.name}: {n.bandwidth / 1e6:g} Mbit/s, {n.latency * 1e3:g} ms", n.name) for n in NETWORKS.values()
         ]
         controls = {
-            "layers": slider("layers", "Layers L", 12, 1, 48, 1, width="260px"),
+            "layers": slider("layers", "Layers L", 12, 1, 48, 1, width="215px"),
             "heads": dropdown("heads", "Heads H", [1, 2, 4, 6, 8, 12, 16, 20, 24, 32], 12),
             "width": dropdown("width", "Width d", [64, 128, 256, 384, 512, 768, 1024, 1280, 1536, 2048], 768),
             "context": dropdown("context", "Tokens T", [16, 32, 64, 128, 256, 512, 1024, 2048], context_length),

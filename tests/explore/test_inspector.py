@@ -49,6 +49,7 @@ def test_entropies_and_rows_agree_and_the_model_is_left_as_it_was(kind, tokenize
 
 def test_the_picture_is_the_reading_of_the_chosen_head_and_token(explorer):
     text = "import math\nprint(math.pi)\n"
+    explorer._choose(layer=0, head=0)
     for name, value in {"text": text, "layer": 2, "head": 3, "position": 4}.items():
         before = explorer.figure.to_json() + explorer.status.value
         explorer.controls[name].value = value
@@ -85,11 +86,17 @@ def test_the_mouse_chooses_too(explorer):
     torch.testing.assert_close(torch.tensor(matrix.z), explorer.reading.attention[1, 2])
 
 
+def test_the_sharpest_head_is_shown_first(explorer):
+    means = explorer.reading.entropy.mean(-1)
+    assert means[explorer.controls["layer"].value, explorer.controls["head"].value] == means.min()
+
+
 def test_a_model_of_your_own_stands_beside_the_recorded_one(tokenizer):
     explorer = inspector.attention_inspector(llama(), "a b c", tokenizer=tokenizer, max_tokens=5)
     assert explorer.controls["model"].value == "yours (LlamaForCausalLM)"
     assert explorer.reading.entropy.shape[:2] == (3, 2)
     explorer.controls["layer"].value = 2
+    assert explorer.figure.data[4].y == (2,)
     explorer.controls["model"].value = "ereg-tiny (recorded)"
     assert explorer.reading.entropy.shape[:2] == (4, 4)
     assert (explorer.controls["layer"].value, explorer.controls["layer"].max) == (2, 3)
@@ -108,6 +115,9 @@ def test_an_empty_text_is_refused_in_place(explorer):
     assert "no tokens" in explorer.status.value
     explorer.controls["head"].value = 1
     assert explorer.reading is before
+    empty = inspector.attention_inspector(text="")
+    empty.controls["position"].value = 3
+    assert "type a text" in empty.status.value
     explorer.controls["text"].value = "<b>"
     assert "&lt;" in explorer.figure.data[2].text[0]
     assert "".join(explorer.reading.tokens) == "<b>"
