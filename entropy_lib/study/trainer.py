@@ -64,7 +64,8 @@ class EntropyTrainer(Trainer):
     and where those are wanted (recorded steps, evaluation) the uncompiled model gives them.
 
     `history` is the list of recorded rows (see `RunRecord`); it is saved with every checkpoint and restored on
-    resume. `eval_loss`, `eval_step` and `eval_entropy` (mean of every head, [L, H]) are of the last evaluation.
+    resume; callbacks with a method `on_record(row)` are given each new one. `eval_loss`, `eval_step` and
+    `eval_entropy` (mean of every head, [L, H]) are of the last evaluation.
     """
 
     def __init__(
@@ -231,6 +232,9 @@ class EntropyTrainer(Trainer):
             losses = self.accelerator.reduce(torch.stack([self._cross_entropy, self._penalty]), "sum").tolist()
             if torch.isfinite(entropy).all():
                 self.history.append(self._row(losses, entropy, learning_rate))
+                for callback in self.callback_handler.callbacks:
+                    if hasattr(callback, "on_record"):
+                        callback.on_record(self.history[-1])
         self._reset_step()
 
     @torch.no_grad()

@@ -64,7 +64,8 @@ def train_variant(
         output_dir: where the record goes, `<variant>-seed<k>.json` and `.parquet`; None writes none.
         run_dir: where checkpoints go; by default a folder in the user's cache that belongs to exactly this run.
         progress: a progress bar on a terminal, five lines elsewhere.
-        callbacks: transformers' `TrainerCallback`s, e.g. to draw live curves or to stop.
+        callbacks: transformers' `TrainerCallback`s. One with a method `on_record(row)` is given every row of the
+            history as it is recorded, e.g. to draw live curves.
         model_config: fields of `EntropyGPT2Config` to set, e.g. {"norm_placement": "QK+FFN"}.
         training_overrides: fields of transformers' `TrainingArguments` to set, e.g. {"use_cpu": True}.
 

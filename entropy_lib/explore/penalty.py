@@ -1,0 +1,206 @@
+"""Explorer of the entropy penalty: which heads of a recorded run it would push, which way, and how hard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from entropy_lib.entropy import max_entropy
+from entropy_lib.explore.controls import Explorer, below_inside_above, dropdown, slider
+from entropy_lib.explore.figures import COLLAPSE, HEALTHY, INK, OVERLOAD, _mark, go, make_subplots
+from entropy_lib.explore.recorded_runs import label, recorded
+from entropy_lib.regularization import EntropyRegularization
+from entropy_lib.study.runs import RunRecord
+
+POINTS = 161  # of the curves
+SYMBOLS, COLORS = ["triangle-down", "circle", "triangle-up"], [COLLAPSE, HEALTHY, OVERLOAD]  # below, inside, above
+
+
+def penalty_explorer(record: RunRecord | Sequence[RunRecord] | None = None) -> PenaltyExplorer:
+    """The penalty of `EntropyRegularization` on the heads of recorded runs, by θ, γ, λ, T, ceiling, per, reduction.
+
+    Args:
+        record: one run record or several to choose from; None for those in data/runs.
+
+    Every dot is a head at its mean entropy E in nats. A record does not hold the rows of a head: they are taken at one
+    share of what each can reach, E_i = E · log(i+1) / mean_i log(i+1). With per="head" that makes no difference.
+    T is the `context_size` in E_max = log T. The gradient is d(loss)/dE of one head by autograd, the loss being the
+    mean over all heads for one sequence. Raises ValueError where there is no record.
+    """
+    return PenaltyExplorer(recorded(record))
+
+
+class PenaltyExplorer(Explorer):
+    """See `penalty_explorer`. Controls: run (if several), theta, gamma, lambda, T, ceiling, per, reduction."""
+
+    def __init__(self, records: Sequence[RunRecord]):
+        self._records = list(records)
+        first = self._records[0]
+        context, recipe = first.context_length, first.recipe  # the controls start as the first run was trained
+        gamma, weight = recipe.get("tolerance_margin_factor", 0.2), recipe.get("loss_coeff", 1e-5)
+        controls = {
+            "theta": slider("theta", "threshold θ", 0.5, 0.0, 1.0, 0.01, tip="middle of the band, a share of E_max"),
+            "gamma": slider("gamma", "margin γ", gamma, 0.0, 0.5, 0.01, tip="half the width of the band, of E_max"),
+            "lambda": slider("lambda", "weight λ", weight, 1e-7, 1.0, 0.1, log=True, form=".1e", tip="of the loss"),
+            "T": slider("T", "context length T", context, 8, max(1024, context), 8, tip="E_max is log T"),
+            "ceiling": dropdown("ceiling", "ceiling", [("log T (paper)", "context"), ("log of seen keys", "causal")]),
+            "per": dropdown("per", "per", [("head (Algorithm 1)", "head"), ("query (published code)", "query")]),
+            "reduction": dropdown("reduction", "reduction", ["mean", "sum"], tip="over the rows of a head"),
+        }
+        rows = [["theta", "gamma"], ["lambda", "T"], ["ceiling", "per", "reduction"]]
+        if len(self._records) > 1:
+            runs = [(label(record), index) for index, record in enumerate(self._records)]
+            controls["run"] = dropdown("run", "recorded run", runs)
+            rows.insert(0, ["run"])
+        self._load(0)
+        self._states: list[int] = []
+        super().__init__(_figure(), controls, rows)
+
+    def _load(self, index: int) -> None:
+        self.record = self._records[index]
+        self.entropy = torch.tensor(self.record.entropy, dtype=torch.float64)  # [L, H]
+        reach = max_entropy(self.record.context_length, causal=True, dtype=torch.float64)  # [T]
+        self._shape_of_rows, self._reach = reach / reach.mean(), reach.mean().item()
+
+    def regularization(self) -> EntropyRegularization:
+        """The library's regulariser as the controls stand."""
+        value = {name: control.value for name, control in self.controls.items()}
+        options = {name: value[name] for name in ("reduction", "per", "ceiling")}
+        return EntropyRegularization(value["lambda"], value["gamma"], context_size=value["T"], **options)
+
+    def loss(self, entropy: Tensor) -> Tensor:
+        """The regularisation loss of heads with mean entropies [L, H] in nats, a scalar."""
+        rows = entropy[..., None] * self._shape_of_rows  # [L, H, T]
+        return self.regularization()([layer[None] for layer in rows], self._thresholds(entropy.shape[1]))
+
+    def _thresholds(self, heads: int) -> Tensor:
+        return torch.full((heads,), self.controls["theta"].value, dtype=torch.float64)
+
+    def _alone(self, entropy: Tensor) -> tuple[Tensor, Tensor]:
+        """What one head adds and d(that)/dE, for each of [n] heads on its own: [n], [n]."""
+        regularization, theta = self.regularization(), self._thresholds(1)
+
+        def one(mean: Tensor) -> Tensor:
+            return regularization([(mean * self._shape_of_rows)[None, None]], theta)
+
+        gradient, penalty = torch.func.vmap(torch.func.grad_and_value(one))(entropy)
+        return penalty, gradient
+
+    def draw(self, changed: str | None) -> None:
+        if changed == "run":
+            self._load(self.controls["run"].value)
+        value = {name: control.value for name, control in self.controls.items()}
+        causal = value["ceiling"] == "causal"
+        self.controls["T"].disabled = causal  # not used then
+        self.controls["reduction"].disabled = value["per"] == "head"
+        ceiling = self._reach if causal else math.log(value["T"])
+        low, high = (value["theta"] - value["gamma"]) * ceiling, (value["theta"] + value["gamma"]) * ceiling
+        heads = self.entropy.flatten()
+        edges = [edge + nudge for edge in (low, high) for nudge in (-1e-9, 1e-9) if 0 < edge < self._reach]
+        grid = torch.linspace(0, self._reach, POINTS, dtype=torch.float64)
+        grid = torch.cat([grid, torch.tensor(edges, dtype=torch.float64)]).sort().values
+        penalty, gradient = self._alone(torch.cat([heads, grid]))
+        gradient = gradient / heads.numel()  # the loss is the mean over all heads
+        deviation, margin = heads - value["theta"] * ceiling, value["gamma"] * ceiling
+        states = (1 + (deviation > margin).long() - (deviation < -margin).long()).tolist()  # 0 below, 1 inside, 2 above
+        if changed in (None, "run"):
+            self._draw_run()
+        if states != self._states or changed == "run":
+            self._draw_states(states)
+        self._draw_band(low, high, ceiling)
+        n, data, layout = heads.numel(), self.figure.data, self.figure.layout
+        for curve, dots, y in ((2, 3, penalty.numpy()), (4, 5, gradient.numpy())):
+            data[curve].x, data[curve].y, data[dots].y = grid.numpy(), y[n:], y[:n]
+        top = max(penalty.max().item(), 1e-12)
+        layout.yaxis2.range = [-0.06 * top, 1.12 * top]
+        top = max(gradient.abs().max().item(), 1e-12)
+        layout.yaxis3.range = [-1.12 * top, 1.12 * top]
+        counts = [states.count(s) for s in range(3)]
+        total = self.loss(self.entropy).item()
+        words = f"{below_inside_above(*counts)} · penalty <b>{total:.3g}</b>"
+        if self.record.eval_loss:
+            words += f", {100 * total / self.record.eval_loss:.2g}% of this run’s loss of {self.record.eval_loss:.3g}"
+        self.say(words + " nats")
+
+    def _draw_run(self) -> None:
+        layers, heads = self.entropy.shape
+        names = [f"layer {layer}, head {head}" for layer in range(layers) for head in range(heads)]
+        top, data, layout = math.log(self.record.context_length), self.figure.data, self.figure.layout
+        data[0].z, data[0].zmax = self.entropy.numpy(), top
+        ticks = [*range(math.ceil(top - 0.35)), top]
+        data[0].colorbar.update(tickvals=ticks, ticktext=[*map(str, ticks[:-1]), f"{top:.2f}"])
+        data[3].text = data[5].text = names
+        data[3].x = data[5].x = self.entropy.flatten().numpy()
+        layout.xaxis.dtick, layout.yaxis.dtick = (1 if n <= 8 else 2 for n in (heads, layers))
+        layout.xaxis.range, layout.yaxis.range = [-0.5, heads - 0.5], [layers - 0.5, -0.5]
+        for shape in (3, 7):
+            layout.shapes[shape].update(x0=self._reach, x1=self._reach)
+        layout.annotations[3].x = self._reach
+
+    def _draw_states(self, states: list[int]) -> None:
+        self._states, data = states, self.figure.data
+        look = {"color": [COLORS[s] for s in states], "symbol": [SYMBOLS[s] for s in states]}
+        data[3].marker.update(look)
+        data[5].marker.update(look)
+        outside = [index for index, s in enumerate(states) if s != 1]
+        data[1].y, data[1].x = np.divmod(np.array(outside, dtype=int), self.entropy.shape[1])  # layer, head
+        data[1].marker.update(symbol=[SYMBOLS[states[index]] for index in outside], color=["#FFFFFF"] * len(outside))
+
+    def _draw_band(self, low: float, high: float, ceiling: float) -> None:
+        layout = self.figure.layout
+        end = max(ceiling, self._reach) * 1.02
+        low, high = (min(max(edge, 0), end) for edge in (low, high))
+        for first in (0, 4):
+            below, above, middle = (layout.shapes[first + n] for n in range(3))
+            below.x0, below.x1, above.x0, above.x1 = 0, low, high, end
+            middle.x0 = middle.x1 = self.controls["theta"].value * ceiling
+        layout.annotations[0].update(x=low / 2, text="<b>collapse</b>" if low > 0.13 * end else "")
+        layout.annotations[1].update(x=(high + end) / 2, text="<b>overload</b>" if end - high > 0.13 * end else "")
+        layout.annotations[2].x = self.controls["theta"].value * ceiling
+        layout.xaxis2.range = layout.xaxis3.range = [0, end]
+
+
+def _figure() -> go.Figure:
+    """Traces: 0 heatmap, 1 its heads outside, 2 and 3 penalty curve and heads, 4 and 5 gradient curve and heads.
+
+    Shapes 0-3 and 4-7: collapse band, overload band, θ and the reach of a head, in the two right panels.
+    """
+    specs = [[{"rowspan": 2}, {}], [None, {}]]
+    gaps = {"column_widths": [0.4, 0.6], "horizontal_spacing": 0.19, "vertical_spacing": 0.06}
+    figure = make_subplots(2, 2, specs=specs, **gaps)
+    bar = {"title": {"text": "nats", "side": "top"}, "thickness": 10, "outlinewidth": 0, "x": 0.328, "len": 1.04}
+    hover = "layer %{y}, head %{x}<br>%{z:.3g} nats<extra></extra>"
+    figure.add_heatmap(z=[[0]], zmin=0, zmax=1, colorscale="Cividis", colorbar=bar, xgap=2, ygap=2, hovertemplate=hover)
+    rim = {"size": 8, "line": {"color": "#000001", "width": 1}}  # white with this rim is seen on every cell
+    figure.add_scatter(mode="markers", marker=rim, hoverinfo="skip", row=1, col=1)
+    hovers = ["%{x:.3g} nats<br>penalty %{y:.3g}", "%{x:.3g} nats<br>gradient %{y:.3g} a nat"]
+    for cell, words in enumerate(hovers, start=1):
+        line = {"color": INK, "width": 1.5}
+        figure.add_scatter(mode="lines", line=line, hoverinfo="skip", row=cell, col=2)
+        dots = {"size": 8, "opacity": 0.8, "line": {"width": 0}}
+        hover = f"%{{text}}<br>{words}<extra></extra>"
+        figure.add_scatter(mode="markers", marker=dots, hovertemplate=hover, row=cell, col=2)
+    for cell in (1, 2):
+        first = cell == 1  # names stand in the upper panel only
+        where = {"row": cell, "col": 2}
+        for mark, color in (("collapse", COLLAPSE), ("overload", OVERLOAD)):
+            _mark(figure, "x", 0, mark if first else "", 1, color, **where)
+        _mark(figure, "x", 0, "θ" if first else "", **where)
+        _mark(figure, "x", 0, "" if first else "uniform", **where)
+    kept = [annotation for annotation in figure.layout.annotations if annotation.text not in (None, "", "<b></b>")]
+    kept[3].update(y=0, yanchor="bottom")
+    figure.layout.annotations = kept
+    bare = {"showline": False, "showgrid": False, "ticks": "", "row": 1, "col": 1}
+    figure.update_xaxes(title_text="head", **bare).update_yaxes(title_text="layer", **bare)
+    number = {"exponentformat": "power", "nticks": 5, "zeroline": False, "title_standoff": 6, "col": 2}
+    figure.update_yaxes(title_text="penalty λδ²", row=1, **number)
+    figure.update_yaxes(title_text="d loss / dE", row=2, **number)
+    figure.update_xaxes(showticklabels=False, row=1, col=2)
+    figure.update_xaxes(title_text="mean entropy of the head (nats)", row=2, col=2)
+    title = "<b>The penalty pushes a head only once it has left the band</b>"
+    margin = {"l": 48, "r": 12, "t": 56, "b": 48}
+    return figure.update_layout(title_text=title, height=470, margin=margin, showlegend=False)

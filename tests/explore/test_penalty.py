@@ -1,0 +1,123 @@
+"""The penalty explorer shows the library's own penalty, gradient and counts, whatever its controls say."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from entropy_lib import EntropyRegularization, max_entropy
+
+pytest.importorskip("ipywidgets")
+explore = pytest.importorskip("entropy_lib.explore")
+from entropy_lib.study.runs import RunRecord, load_runs  # noqa: E402
+
+RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
+HEADS, POINTS, GRADIENTS = 3, 2, 5  # traces: the heads' penalty, its curve, the heads' gradient
+
+
+def record(entropy, context_length=128, **changes):
+    """A run record with these head entropies, everything else from a recorded run."""
+    summary = load_runs(RUNS)[0].summary()
+    summary |= {"entropy": entropy, "context_length": context_length, **changes}
+    return RunRecord(**summary, history=None)
+
+
+def head_by_head(entropy, regularization, theta, context_length=128):
+    """Penalty and gradient of every head on its own, [n] and [n], one call of the library for each."""
+    reach = max_entropy(context_length, causal=True, dtype=torch.float64)
+    penalties, gradients = [], []
+    for mean in torch.tensor(np.array(entropy)).double().flatten():
+        mean = mean.clone().requires_grad_()
+        loss = regularization([(mean * reach / reach.mean())[None, None]], torch.tensor([theta], dtype=torch.float64))
+        (gradient,) = torch.autograd.grad(loss, mean)
+        penalties.append(loss.item())
+        gradients.append(gradient.item())
+    return np.array(penalties), np.array(gradients)
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    torch.manual_seed(0)
+    return explore.penalty_explorer(record((3.8 * torch.rand(3, 4)).tolist()))
+
+
+@pytest.mark.parametrize(
+    ("gamma", "per", "reduction", "ceiling", "context"),
+    [
+        (0.2, "head", "mean", "context", 128),
+        (0.1, "query", "sum", "context", 128),
+        (0.0, "query", "mean", "causal", 128),
+        (0.3, "head", "sum", "causal", 128),
+        (0.15, "query", "mean", "context", 1024),
+    ],
+)
+def test_dots_are_the_library_s_penalty_and_gradient(explorer, gamma, per, reduction, ceiling, context):
+    changes = {"gamma": gamma, "per": per, "reduction": reduction, "ceiling": ceiling, "T": context}
+    changes |= {"theta": 0.4, "lambda": 0.01}
+    for name, value in changes.items():
+        explorer.controls[name].value = value
+    regularization = EntropyRegularization(0.01, gamma, context, reduction, per, ceiling)
+    penalty, gradient = head_by_head(explorer.entropy, regularization, 0.4)
+    data = explorer.figure.data
+    np.testing.assert_allclose(data[HEADS].x, explorer.entropy.flatten(), rtol=1e-6)
+    np.testing.assert_allclose(data[HEADS].y, penalty, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(data[GRADIENTS].y, gradient / 12, rtol=1e-6, atol=1e-12)
+    assert penalty.max() > 0
+    assert explorer.loss(explorer.entropy).item() == pytest.approx(penalty.mean())
+    assert f"{penalty.mean():.3g}" in explorer.status.value
+    some = slice(0, None, 20)
+    curve, _ = head_by_head(data[POINTS].x[some], regularization, 0.4)
+    np.testing.assert_allclose(data[POINTS].y[some], curve, rtol=1e-6, atol=1e-12)
+
+
+def test_bands_and_counts_agree_with_where_the_penalty_is_not_zero():
+    ceiling = math.log(128)
+    explorer = explore.penalty_explorer(record([[0.1 * ceiling, 0.3 * ceiling, 0.5 * ceiling, 0.78 * ceiling]]))
+    for name, value in {"theta": 0.5, "gamma": 0.25, "per": "head"}.items():
+        explorer.controls[name].value = value
+    dots, shapes = explorer.figure.data[HEADS], explorer.figure.layout.shapes
+    assert [y > 0 for y in dots.y] == [True, False, False, True]
+    assert list(dots.marker.symbol) == ["triangle-down", "circle", "circle", "triangle-up"]
+    assert all(words in explorer.status.value for words in ("1 below", "2 inside", "1 above"))
+    assert (shapes[0].x0, shapes[0].x1) == pytest.approx((0, 0.25 * ceiling))
+    assert shapes[1].x0 == pytest.approx(0.75 * ceiling)
+    assert shapes[2].x0 == shapes[6].x0 == pytest.approx(0.5 * ceiling)
+    assert (list(explorer.figure.data[1].x), list(explorer.figure.data[1].y)) == ([0, 3], [0, 0])
+    explorer.controls["gamma"].value = 0.5
+    assert all(words in explorer.status.value for words in ("0 below", "4 inside", "0 above"))
+    assert len(explorer.figure.data[1].x) == 0
+    explorer.controls["gamma"].value = 0.0
+    assert "4 inside" not in explorer.status.value
+
+
+@pytest.mark.parametrize("entropy", [[[0.0]], [[0.0, 3.87], [3.87, 0.0]]])
+@pytest.mark.parametrize("theta", [0.0, 1.0])
+def test_edge_values_draw_finite_numbers(entropy, theta):
+    explorer = explore.penalty_explorer(record(entropy, eval_loss=None, status="collapsed"))
+    for name, value in {"theta": theta, "gamma": 0.0, "per": "query", "ceiling": "causal", "lambda": 1.0}.items():
+        explorer.controls[name].value = value
+    for trace in explorer.figure.data[2:]:
+        assert np.isfinite(trace.y).all()
+    assert "loss of" not in explorer.status.value
+
+
+def test_a_control_that_does_nothing_is_off():
+    explorer = explore.penalty_explorer(record([[1.0, 2.0]]))
+    assert explorer.controls["reduction"].disabled
+    explorer.controls["per"].value = "query"
+    explorer.controls["ceiling"].value = "causal"
+    assert not explorer.controls["reduction"].disabled
+    assert explorer.controls["T"].disabled
+
+
+def test_recorded_runs_are_there_by_default_and_can_be_changed():
+    explorer = explore.penalty_explorer()
+    records = load_runs(RUNS)
+    assert len(explorer.controls["run"].options) == len(records)
+    explorer.controls["run"].value = 1
+    np.testing.assert_allclose(explorer.figure.data[0].z, records[1].entropy)
+    np.testing.assert_allclose(explorer.figure.data[HEADS].x, np.ravel(records[1].entropy))
+    with pytest.raises(ValueError, match="no run records"):
+        explore.penalty_explorer([])
