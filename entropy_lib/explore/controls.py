@@ -119,10 +119,17 @@ def on_any_page(figure: go.Figure) -> go.FigureWidget:
     described["layout"].pop("template", None)
     try:
         made = go.FigureWidget(_repaint(described))
-        made._config = {**made._config, "responsive": True}  # as wide as the cell from the first view on
     except ImportError as error:  # plotly 6 and newer need anywidget, 5.24 does not
         raise ImportError("the explorers need anywidget: pip install 'entropy_lib[notebooks]'") from error
+    made.observe(_fill_the_cell, "_js2py_layoutDelta")
     return made.update_layout(template="entropy_any_page", autosize=True, width=None, uirevision="explorer")
+
+
+def _fill_the_cell(change) -> None:
+    """At the first word from the browser: the first picture is drawn before it has a place, 700 px wide."""
+    if change.new:
+        change.owner.unobserve(_fill_the_cell, "_js2py_layoutDelta")
+        change.owner._send_relayout_msg({"autosize": True})
 
 
 def coloured(words: str, color: str) -> str:
