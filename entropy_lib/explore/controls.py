@@ -140,7 +140,7 @@ def _fill_the_cell(change) -> None:
     """At the first word from the browser: the first picture is drawn before it has a place, 700 px wide."""
     if change.new:
         change.owner.unobserve(_fill_the_cell, "_js2py_layoutDelta")
-        change.owner._send_relayout_msg({"autosize": True})
+        change.owner._send_relayout_msg({"autosize": True, "margin.r": change.owner.layout.margin.r or 12})
 
 
 def coloured(words: str, color: str) -> str:
