@@ -132,15 +132,7 @@ def _widget(figure: go.Figure) -> go.FigureWidget:
         made = go.FigureWidget(figure)
     except ImportError as error:  # plotly 6 and newer need anywidget, 5.24 does not
         raise ImportError("the explorers need anywidget: pip install 'entropy_lib[notebooks]'") from error
-    made.observe(_fill_the_cell, "_js2py_layoutDelta")
     return made
-
-
-def _fill_the_cell(change) -> None:
-    """At the first word from the browser: the first picture is drawn before it has a place, 700 px wide."""
-    if change.new:
-        change.owner.unobserve(_fill_the_cell, "_js2py_layoutDelta")
-        change.owner._send_relayout_msg({"autosize": True})
 
 
 def coloured(words: str, color: str) -> str:
