@@ -66,21 +66,23 @@ class Explorer(widgets.VBox):
 
     `figure` is the plotly FigureWidget, `controls` {name: widget}, `status` the line of words. `arrangement` is a
     list of rows of controls' names (or of other widgets). When a control changes, `draw(name)` runs once inside
-    `figure.batch_update()`, so that the browser redraws once; `draw(None)` draws everything. A control that `draw`
-    itself sets does not draw again. A ValueError in `draw` is shown in the line of words, and the figure stays.
+    `figure.batch_update()`, so that the browser redraws once; `draw(None)` draws everything. Inside a batch the figure
+    still reads as it was. A control that `draw` itself sets does not draw again. A ValueError in `draw` is shown in
+    the line of words, and the figure stays.
     """
 
     def __init__(self, figure: go.Figure, controls: Mapping[str, widgets.Widget], arrangement: Sequence[Sequence]):
-        self.figure, self.controls = on_any_page(figure), dict(controls)
+        self.figure, self.controls = _repainted(figure), dict(controls)
         self.status = widgets.HTML()
         self.status.add_class("entropy-status")
         self._drawing = False
+        self.redraw()  # before it is a widget: of changes sent ahead of the first view, the browser loses some
+        self.figure = _widget(self.figure)
         rows = [row(*(self.controls[c] if isinstance(c, str) else c for c in names)) for names in arrangement]
         super().__init__([widgets.HTML(_STYLE), *rows, self.status, self.figure])
         self.add_class("entropy-explorer")
         for name, control in self.controls.items():
             control.observe(lambda _, name=name: self.redraw(name), "value")
-        self.redraw()
 
     def draw(self, changed: str | None) -> None:
         raise NotImplementedError
@@ -111,18 +113,34 @@ class Explorer(widgets.VBox):
 
 def on_any_page(figure: go.Figure) -> go.FigureWidget:
     """A FigureWidget as wide as its cell, with no background of its own and inks for light and dark pages."""
+    return _widget(_repainted(figure))
+
+
+def _repainted(figure: go.Figure) -> go.Figure:
     if "entropy_any_page" not in pio.templates:
         template = go.layout.Template(pio.templates["entropy"].to_plotly_json())
         template.layout.update(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR)
         pio.templates["entropy_any_page"] = go.layout.Template(_repaint(template.to_plotly_json()))
     described = figure.to_plotly_json()
     described["layout"].pop("template", None)
+    made = go.Figure(_repaint(described))
+    return made.update_layout(template="entropy_any_page", autosize=True, width=None, uirevision="explorer")
+
+
+def _widget(figure: go.Figure) -> go.FigureWidget:
     try:
-        made = go.FigureWidget(_repaint(described))
-        made._config = {**made._config, "responsive": True}  # as wide as the cell from the first view on
+        made = go.FigureWidget(figure)
     except ImportError as error:  # plotly 6 and newer need anywidget, 5.24 does not
         raise ImportError("the explorers need anywidget: pip install 'entropy_lib[notebooks]'") from error
-    return made.update_layout(template="entropy_any_page", autosize=True, width=None, uirevision="explorer")
+    made.observe(_fill_the_cell, "_js2py_layoutDelta")
+    return made
+
+
+def _fill_the_cell(change) -> None:
+    """At the first word from the browser: the first picture is drawn before it has a place, 700 px wide."""
+    if change.new:
+        change.owner.unobserve(_fill_the_cell, "_js2py_layoutDelta")
+        change.owner._send_relayout_msg({"autosize": True})
 
 
 def coloured(words: str, color: str) -> str:

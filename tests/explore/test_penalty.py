@@ -28,7 +28,7 @@ def head_by_head(entropy, regularization, theta, context_length=128):
     """Penalty and gradient of every head on its own, [n] and [n], one call of the library for each."""
     reach = max_entropy(context_length, causal=True, dtype=torch.float64)
     penalties, gradients = [], []
-    for mean in torch.tensor(np.array(entropy)).double().flatten():
+    for mean in torch.tensor(np.ravel(entropy).tolist(), dtype=torch.float64).flatten():
         mean = mean.clone().requires_grad_()
         loss = regularization([(mean * reach / reach.mean())[None, None]], torch.tensor([theta], dtype=torch.float64))
         (gradient,) = torch.autograd.grad(loss, mean)

@@ -1,0 +1,124 @@
+"""Attention logits to look at: of any transformers model, and a small committed sample.
+
+`python -m entropy_lib.explore.attention_logits` trains a tiny model on the committed corpus and writes the sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SAMPLE = Path(__file__).resolve().parents[2] / "data" / "attention_logits" / "tiny.npz"
+_FLOOR = math.log(torch.finfo(torch.float32).tiny)  # -87.3 nats
+_TEXT = '''def area(radius):
+    """Return the area of a circle."""
+    if radius < 0:
+        raise ValueError("radius must not be negative")
+    return math.pi * radius ** 2
+
+
+def volume(radius, height):
+    """Return the volume of a cylinder."""
+    return area(radius) * height
+'''
+
+
+@dataclass(frozen=True)
+class AttentionLogits:
+    """Logits [L, H, T_q, T_k] of one text, -inf at masked keys, and a label for each of the T_k tokens.
+
+    A row is known up to a constant, which no softmax sees: here the row's largest logit is 0.
+    """
+
+    logits: Tensor
+    tokens: tuple[str, ...]
+    origin: str
+
+    def __post_init__(self):
+        logits = self.logits
+        if logits.dim() != 4 or not torch.is_floating_point(logits) or logits.isnan().any() or (logits > 1e30).any():
+            raise ValueError(f"expected logits [layers, heads, queries, keys], -inf where masked; got {logits.shape}")
+        if not (logits > -math.inf).any(-1).all():
+            raise ValueError("a row of logits sees no key at all: leave padded positions out")
+        if len(self.tokens) != logits.shape[-1]:
+            raise ValueError(f"{logits.shape[-1]} keys need as many tokens, got {len(self.tokens)}")
+        object.__setattr__(self, "logits", logits.float() - logits.float().amax(-1, keepdim=True))
+
+
+def as_logits(logits) -> AttentionLogits:
+    """Logits as an array [L, H, T_q, T_k] (or [H, T_q, T_k]: one layer), with positions for tokens."""
+    if isinstance(logits, AttentionLogits):
+        return logits
+    logits = torch.as_tensor(logits).detach().cpu()
+    logits = logits[None] if logits.dim() == 3 else logits
+    return AttentionLogits(logits, tuple(str(n) for n in range(logits.shape[-1])), "logits that you gave")
+
+
+@torch.no_grad()
+def logits_of(model, tokenizer, text: str) -> AttentionLogits:
+    """The logits of a transformers decoder for one text, divided by its own learned temperatures if it has any.
+
+    They are the logarithm of its eager attention weights; what rounds to 0 (a weight below e^-87) counts as e^-87.
+    """
+    inputs = tokenizer(text, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] < 2:
+        raise ValueError(f"a text of at least two tokens has attention to look at, got {text!r}")
+    before, training = model.config._attn_implementation, model.training
+    model.eval().set_attn_implementation("eager")
+    try:
+        attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
+    finally:
+        model.train(training).set_attn_implementation(before)
+    weights = torch.cat(list(attentions)).float().cpu()  # [L, H, T, T]
+    future = ~torch.ones(weights.shape[-2:], dtype=torch.bool).tril()
+    causal = not weights[..., future].any()
+    logits = weights.log().clamp(min=_FLOOR)
+    logits = logits.masked_fill(future, -math.inf) if causal else logits
+    tokens = tuple(tokenizer.decode([token]) for token in inputs["input_ids"][0].tolist())
+    return AttentionLogits(logits, tokens, model.config.model_type)
+
+
+def read_logits(path: str | Path = SAMPLE) -> AttentionLogits:
+    """Logits as `write_logits` left them."""
+    with np.load(path, allow_pickle=False) as file:
+        size = len(file["tokens"])
+        lower = torch.from_numpy(file["lower"].astype(np.float32))  # [L, H, T(T+1)/2]
+        logits = torch.full((*lower.shape[:2], size, size), -math.inf)
+        rows, columns = torch.tril_indices(size, size)
+        logits[:, :, rows, columns] = lower
+        return AttentionLogits(logits, tuple(file["tokens"].tolist()), str(file["origin"]))
+
+
+def write_logits(sample: AttentionLogits, path: str | Path) -> None:
+    """A compressed npz of causal logits: the lower triangles in float16 (good to 3 digits), the tokens, the origin."""
+    size = len(sample.tokens)
+    rows, columns = torch.tril_indices(size, size)
+    lower = sample.logits[:, :, rows, columns].half().numpy()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, lower=lower, tokens=np.array(sample.tokens), origin=np.array(sample.origin))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="train a tiny model on the committed corpus and write its logits")
+    parser.add_argument("--variant", default="SM+LN+G")
+    parser.add_argument("--output", type=Path, default=SAMPLE)
+    arguments = parser.parse_args()
+    from entropy_lib.study.corpus import load_corpus
+    from entropy_lib.study.training import train_variant
+
+    corpus = load_corpus("sample", context_length=128)
+    record = train_variant(arguments.variant, corpus, recipe="smoke")
+    sample = logits_of(record.model, corpus[1], _TEXT)
+    origin = f"{record.variant}, size {record.size}, {record.steps} steps on the corpus sample"
+    write_logits(AttentionLogits(sample.logits, sample.tokens, origin), arguments.output)
+    print(f"{arguments.output}: {list(sample.logits.shape)}, validation loss {record.eval_loss:.3f}")
+
+
+if __name__ == "__main__":
+    main()
