@@ -1,5 +1,7 @@
 """Shared by all tests: one thread, fixed seeds, and tiny models whose every parameter is off its initial value."""
 
+import signal
+
 import pytest
 import torch
 from hypothesis import settings
@@ -8,6 +10,8 @@ from entropy_lib import VARIANTS, build_model
 from entropy_lib.variants import NORM_PLACEMENTS
 
 torch.set_num_threads(1)
+# A shell that starts the tests in the background has them ignore Ctrl-C, which some of them send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
 

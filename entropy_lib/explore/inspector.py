@@ -86,10 +86,6 @@ class AttentionInspector(Explorer):
             "position": slider("position", "Token", max_tokens - 1, 0, max_tokens - 1, 1, width="290px"),
         }
         super().__init__(_empty_figure(), controls, [["text", "model"], ["layer", "head", "position"]])
-        if self.reading is not None:  # else the text could not be read, which is said above the figure
-            _, heads, _ = self.reading.entropy.shape
-            layer, head = divmod(int(self.reading.entropy.mean(-1).argmin()), heads)
-            self._choose(layer=layer, head=head)  # the sharpest, which has most to show
         cells, _, _, grid, _, matrix, _ = self.figure.data
         cells.on_hover(lambda trace, points, state: self._pick(points, position=None))
         grid.on_click(lambda trace, points, state: self._pick(points, layer="ys", head="xs"))
@@ -121,6 +117,9 @@ class AttentionInspector(Explorer):
                 follow = name == "position" and control.value == control.max  # the end of the text, while typing
                 control.max = size - 1
                 control.value = size - 1 if follow else min(control.value, size - 1)
+            if changed is None:  # start at the sharpest head, which has most to show
+                layer, head = divmod(int(self.reading.entropy.mean(-1).argmin()), heads)
+                self.controls["layer"].value, self.controls["head"].value = layer, head
         elif self.reading is None:
             raise ValueError("nothing is read yet: type a text")
         layer, head, position = (self.controls[name].value for name in ("layer", "head", "position"))

@@ -42,25 +42,30 @@ class TrainingPlayground(Explorer):
         self.recipe, self.size, self.seed, self.runs, self._count = recipe, size, seed, [], 0
         self._corpus_given, self._corpus, self._unigram = corpus, None, None
         self._lock = threading.RLock()  # the training's thread draws, and so does the kernel's
-        narrow = {"width": "190px"}
+        narrow = {"width": "165px"}
         controls = {
             "variant": dropdown("variant", "Variant", list(VARIANTS), get_variant(variant).name),
             "learning_rate": slider(
-                "learning_rate", "Learning rate", recipe.learning_rate, 1e-4, 1.0, 0.1, log=True, form=".2g"
+                "learning_rate", "Learning rate", recipe.learning_rate, 1e-4, 1.0, 0.1, log=True, form=".2g",
+                width="270px",
             ),
             "steps": slider("steps", "Steps", recipe.steps, 1, max(500, recipe.steps), 1, **narrow),
             "temperature": slider(
-                "temperature", "Initial t", recipe.temperature_init, 1e-3, 10.0, 0.1, log=True, form=".2g",
+                "temperature", "t₀", recipe.temperature_init, 1e-3, 10.0, 0.1, log=True, form=".2g",
                 tip="temperature of every head and position before the first step", **narrow,
             ),
             "threshold": slider(
-                "threshold", "Initial θ", recipe.threshold_init, 0.0, 1.0, 0.05,
+                "threshold", "θ₀", recipe.threshold_init, 0.0, 1.0, 0.05,
                 tip="threshold of every head before the first step, as a fraction of log T", **narrow,
             ),
-            "margin": slider("margin", "Margin γ", recipe.tolerance_margin_factor, 0.0, 0.5, 0.01, **narrow),
+            "margin": slider(
+                "margin", "γ", recipe.tolerance_margin_factor, 0.0, 0.5, 0.01,
+                tip="tolerance margin, as a fraction of log T", **narrow,
+            ),
             "coefficient": slider(
-                "coefficient", "Weight λ", recipe.loss_coeff, 1e-3, 10.0, 0.1, log=True, form=".2g",
-                tip="of the penalty's mean over heads and queries; the paper's 1e-5 of the sum is 0.16 here", **narrow,
+                "coefficient", "λ", recipe.loss_coeff, 1e-3, 10.0, 0.1, log=True, form=".2g",
+                tip="weight of the penalty, a mean over heads and queries; the paper's 1e-5 of the sum is 0.16 here",
+                **narrow,
             ),
             "show": dropdown("show", "Show", [("no run yet", None)], width="260px"),
         }  # fmt: skip
@@ -172,13 +177,12 @@ class TrainingPlayground(Explorer):
                 color = legible(VARIANT_COLORS.get(run.variant, PALETTE[slot]))
                 line |= {"name": run.name, "line.color": color, "line.dash": DASHES[(run.number - 1) % MAX_RUNS]}
                 if run.state == "collapsed" and rows:
-                    crosses.append((run.step, min(rows[-1]["loss"], top), color))
+                    crosses.append((run.step, min(rows[-1]["loss"], top - 0.05 * (top - low)), color))
             data[slot].update({**line, "showlegend": run is not None}, overwrite=True)
         x, y, colors = zip(*crosses, strict=True) if crosses else ([], [], [])
         data[MAX_RUNS].update({"x": x, "y": y, "marker.color": colors})
-        room = 0.06 * (top - low)
         axis = self.figure.layout
-        axis.yaxis.range = [low - room, top]
+        axis.yaxis.range = [low - 0.12 * (top - low), top]  # room below for the word under the dashed line
         axis.xaxis.range = [0, max([run.recipe.steps for run in self.runs], default=self.controls["steps"].value)]
         if self._unigram:
             axis.shapes[0].update(y0=self._unigram, y1=self._unigram, visible=True)

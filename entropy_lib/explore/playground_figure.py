@@ -18,7 +18,7 @@ def empty_figure(layers: int, context_length: int) -> go.Figure:
         figure.add_scatter(x=[], y=[], mode="lines", showlegend=False, line={"width": 2}, row=1, col=1)
     crosses = {"marker": {"symbol": "x", "size": 10}, "hovertemplate": "collapsed at step %{x}<extra></extra>"}
     figure.add_scatter(x=[], y=[], mode="markers", showlegend=False, cliponaxis=False, **crosses, row=1, col=1)
-    shades = sample_colorscale("Purples", [0.45 + 0.4 * n / max(layers - 1, 1) for n in range(layers)])
+    shades = sample_colorscale("Purples", [0.42 + 0.36 * n / max(layers - 1, 1) for n in range(layers)])
     for layer, shade in enumerate(shades):
         style = {"line": {"width": 2, "color": shade}, "name": f"layer {layer}", "legend": "legend2"}
         figure.add_scatter(x=[], y=[], mode="lines", **style, row=2, col=1)
@@ -51,7 +51,7 @@ def empty_figure(layers: int, context_length: int) -> go.Figure:
         place = {"x": x, "y": figure.layout.yaxis2.domain[1], "xref": "paper", "yref": "paper", "xanchor": "left"}
         figure.add_annotation(text="", showarrow=False, yanchor="bottom", font={"size": 13}, **place)
     label = {"text": "unigram entropy: no use of context", "x": 1, "xref": "x domain", "xanchor": "right", "y": 0}
-    figure.add_annotation(**label, yanchor="bottom", showarrow=False, visible=False)
+    figure.add_annotation(**label, yanchor="top", showarrow=False, visible=False)
     across = {"orientation": "h", "x": 0, "yanchor": "top"}
     _dress(figure, "", 640, extra_top=8)
     below = figure.layout.yaxis2.domain
