@@ -16,7 +16,7 @@ from entropy_lib.study.runs import RunRecord, load_runs  # noqa: E402
 
 @pytest.fixture(scope="module")
 def records():
-    return load_runs(runs.RUNS)
+    return load_runs(runs.RUNS / "pypi-small")
 
 
 @pytest.mark.parametrize(("step", "row"), [(0, 0), (50, 1), (199, 3), (300, -1)])
