@@ -4,6 +4,7 @@ The interpreter must be chosen before Triton's kernels are defined, so this file
 TRITON_INTERPRET=1; the tests below the first one are skipped elsewhere.
 """
 
+import datetime
 import importlib.util
 import os
 import subprocess
@@ -30,7 +31,7 @@ interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of i
 @pytest.mark.skipif(TRITON < (3, 7), reason="no Triton whose interpreter runs with numpy 2.4 (3.7 or newer)")
 def test_in_the_interpreter():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-rs", "-W", "ignore", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", __file__, "-rs", "-W", "ignore", "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:]
     assert " passed" in done.stdout
@@ -253,12 +254,15 @@ class Projected(torch.nn.Module):
 
 
 def _averaged_gradients(rank, store, hidden):
-    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(store, 2), rank=rank, world_size=2)
+    limit = datetime.timedelta(minutes=1)  # a lost connection is an error, not a wait without end
+    store_of_both = torch.distributed.FileStore(store, 2)
+    torch.distributed.init_process_group("gloo", store=store_of_both, rank=rank, world_size=2, timeout=limit)
     model = torch.nn.parallel.DistributedDataParallel(Projected())
     output, entropy = model(hidden[rank : rank + 1])
     (output.square().mean() + entropy.mean()).backward()
     if rank == 0:
         torch.save([p.grad for p in model.parameters()], store + ".grads")
+    torch.distributed.barrier()  # leaving while the other still receives can lose it its last message
     torch.distributed.destroy_process_group()
 
 
