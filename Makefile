@@ -1,5 +1,6 @@
 # make run    execute the notebook series headless at smoke scale into build/
 # make test   lint, tests, and the key tables of the committed notebooks
+# make test-browser  drive the explorers in JupyterLab with Debian's Chromium; skipped where there is none
 # make lab    open the notebooks in JupyterLab
 # make private  set up .venv-private, the two parties' own environment (Python 3.10 or 3.11, about 1 GB)
 # Each of the others sets up .venv by itself and reinstalls only when pyproject.toml or constraints.txt changed.
@@ -18,7 +19,7 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: run test lab private figures clean
+.PHONY: run test test-browser lab private figures clean
 
 run: $(READY)
 	$(BIN)/python notebooks/run.py --output build/notebooks
@@ -28,6 +29,13 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+test-browser: $(VENV)/.browser
+	$(BIN)/python -m pytest tests/browser
+
+$(VENV)/.browser: $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+	@touch $@
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks

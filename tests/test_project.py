@@ -37,7 +37,7 @@ def test_environment_has_the_tested_versions_of_what_pyproject_names():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     *conda, pip = environment["dependencies"]
     extras = PROJECT["optional-dependencies"]
-    wanted = pins([*PROJECT["dependencies"], *extras["notebooks"], *extras["test"]])
+    wanted = pins([*PROJECT["dependencies"], *extras["notebooks"], *extras["test"], *extras["browser"]])
     tested = pins((ROOT / "constraints.txt").read_text().splitlines())
     assert pins(pip["pip"]) == {name: tested[name] for name in wanted}
     assert pip["pip"][-1] == "--editable ."
@@ -52,7 +52,7 @@ def test_environment_has_the_tested_versions_of_what_pyproject_names():
 def test_tested_versions_satisfy_pyproject():
     tested = pins((ROOT / "constraints.txt").read_text().splitlines())
     extras = PROJECT["optional-dependencies"]
-    for line in [*PROJECT["dependencies"], *extras["notebooks"], *extras["test"]]:
+    for line in [*PROJECT["dependencies"], *extras["notebooks"], *extras["test"], *extras["browser"]]:
         requirement = Requirement(line)
         version = tested[canonicalize_name(requirement.name)].removeprefix("==")
         assert requirement.specifier.contains(version), f"{line} does not admit the tested {version}"

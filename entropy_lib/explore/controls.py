@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 
 import plotly.io as pio
 import torch
@@ -14,6 +15,10 @@ try:
     import ipywidgets as widgets
 except ImportError as error:
     raise ImportError("the explorers need ipywidgets: pip install 'entropy_lib[notebooks]'") from error
+try:
+    import anywidget
+except ImportError:  # plotly 5 does without, and its figures fit themselves
+    anywidget = None
 
 MID_INK, MID_GRID = "#757B85", "rgba(140,146,156,0.28)"  # 4.2 to 1 on white and 4.5 to 1 on JupyterLab's dark page
 CLEAR = "rgba(0,0,0,0)"
@@ -22,7 +27,23 @@ CLEAR = "rgba(0,0,0,0)"
 _INK = f"var(--jp-content-font-color1, var(--vscode-foreground, var(--colab-primary-text-color, {MID_INK})))"
 _TEXTS = [".g-gtitle", "[class*=tick]", "[class^=g-x]", "[class^=g-y]", ".colorbar", ".legend"]
 _FILLED = ", ".join(f".entropy-explorer .js-plotly-plot {text} text" for text in _TEXTS)
-_STYLE = f"<style>.entropy-explorer {{min-width: 0; color: {_INK}}} {_FILLED} {{fill: {_INK} !important}}</style>"
+_STYLE = f"""<style>
+    .entropy-explorer {{min-width: 0; position: relative; color: {_INK}}} {_FILLED} {{fill: {_INK} !important}}
+    .entropy-fit {{position: absolute; inset: 0; margin: 0; visibility: hidden; pointer-events: none}}
+</style>"""
+# plotly 6 and newer draw a FigureWidget before it is on the page, 700 px wide, and hear of the window's size only, not
+# of a side bar's. This invisible sheet is as large as its explorer: it tells a figure that does not fill the cell.
+_FIT = """export default {
+  render({ el }) {
+    const filled = (figure) => Math.abs(figure.clientWidth - figure.querySelector(".main-svg")?.clientWidth) <= 1;
+    const sheet = new ResizeObserver(() => {
+      const figures = el.closest(".entropy-explorer")?.querySelectorAll(".js-plotly-plot") ?? [];
+      if (![...figures].every(filled)) window.dispatchEvent(new Event("resize"));
+    });
+    sheet.observe(el);
+    return () => sheet.disconnect();
+  },
+};"""
 
 
 def slider(
@@ -76,10 +97,10 @@ class Explorer(widgets.VBox):
         self.status = widgets.HTML()
         self.status.add_class("entropy-status")
         self._drawing = False
-        self.redraw()  # before it is a widget: of changes sent ahead of the first view, the browser loses some
+        self.redraw()
         self.figure = _widget(self.figure)
         rows = [row(*(self.controls[c] if isinstance(c, str) else c for c in names)) for names in arrangement]
-        super().__init__([widgets.HTML(_STYLE), *rows, self.status, self.figure])
+        super().__init__([widgets.HTML(_STYLE), *rows, self.status, self.figure, *_fit()])
         self.add_class("entropy-explorer")
         for name, control in self.controls.items():
             control.observe(lambda _, name=name: self.redraw(name), "value")
@@ -101,6 +122,13 @@ class Explorer(widgets.VBox):
         finally:
             self._drawing = False
             torch.set_num_threads(threads)
+        self._send_unseen()
+
+    def _send_unseen(self) -> None:
+        """Send the figure whole while no page shows it: a change is lost on a page that is still loading plotly."""
+        if getattr(self.figure, "_view_count", None) == 0:
+            self.figure._widget_data = deepcopy(self.figure._data)
+            self.figure._widget_layout = deepcopy(self.figure._layout_obj._props)
 
     def say(self, words: str) -> None:
         """Put one line of HTML above the figure; screen readers are told too."""
@@ -132,7 +160,16 @@ def _widget(figure: go.Figure) -> go.FigureWidget:
         made = go.FigureWidget(figure)
     except ImportError as error:  # plotly 6 and newer need anywidget, 5.24 does not
         raise ImportError("the explorers need anywidget: pip install 'entropy_lib[notebooks]'") from error
+    made._config = {"responsive": True}
     return made
+
+
+def _fit() -> list[widgets.Widget]:
+    if anywidget is None:
+        return []
+    sheet = anywidget.AnyWidget(_esm=_FIT)
+    sheet.add_class("entropy-fit")
+    return [sheet]
 
 
 def coloured(words: str, color: str) -> str:

@@ -1,0 +1,203 @@
+"""What the browser shows is what the library computes, after the keyboard and the mouse have moved the controls."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from window import MARKS, Window
+
+from entropy_lib import (
+    VARIANTS,
+    EntropyGPT2Config,
+    EntropyRegularization,
+    attention_entropy,
+    diagnose,
+    entropy_bands,
+    inference_cost,
+    record_entropy,
+)
+from entropy_lib.explore.attention_logits import read_logits
+from entropy_lib.explore.tiny_model import load_tiny_model
+from entropy_lib.study.runs import load_runs
+
+RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
+PARTS = 7  # of a bill: traces of one panel
+
+
+@pytest.fixture(scope="module")
+def records():
+    return load_runs(RUNS)
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_tab_reaches_every_control(page, name):
+    window = Window(page, name)
+    controls = window.root.locator("[class*=entropy-]:is(.widget-inline-hbox, .widget-textarea, .widget-button)")
+    for index in range(controls.count()):
+        assert controls.nth(index).inner_text().strip() or controls.nth(index).locator("textarea").count()
+    reachable = window.root.locator(".noUi-handle, select, textarea, input[type=checkbox], button.widget-button")
+    wanted = reachable.evaluate_all("them => them.filter(it => !it.matches(':disabled, [disabled] *')).length")
+    window.root.evaluate("root => (root.tabIndex = -1, root.focus())")
+    reached = 0
+    for _ in range(4 * reachable.count()):  # readouts of sliders take the focus too
+        page.keyboard.press("Tab")
+        if not window.root.evaluate("root => root.contains(document.activeElement)"):
+            break
+        reached += reachable.evaluate_all("them => them.includes(document.activeElement)")
+    assert reached == wanted > 0
+
+
+def test_penalty(page, records):
+    window = Window(page, "penalty")
+    record = records[-1]
+    window.choose("run", f"{record.variant}, seed {record.seed} ({record.size}, {record.corpus})")
+    window.press("theta", "ArrowRight", 5)
+    window.press("lambda", "ArrowRight", 3)
+    window.drag("gamma", 0.3)
+    theta, gamma, context = (window.readout(name) for name in ("theta", "gamma", "T"))
+    assert theta == pytest.approx(0.55)
+    assert gamma == pytest.approx(0.15, abs=0.02)
+    weight = 10 ** (round(math.log10(records[0].recipe["loss_coeff"]), 1) + 0.3)
+    regularization = EntropyRegularization(weight, gamma, context_size=int(context), reduction="mean", per="head")
+
+    def penalty_and_slope(nats):
+        entropy = torch.tensor(nats, dtype=torch.float64, requires_grad=True)
+        loss = regularization([entropy.expand(1, 1, record.context_length)], torch.tensor([theta], dtype=torch.float64))
+        return loss.item(), torch.autograd.grad(loss, entropy)[0].item()
+
+    heatmap, _, curve, dots, _, slopes, *_ = window.traces()
+    np.testing.assert_allclose(heatmap["z"], record.entropy)
+    heads = np.ravel(record.entropy)
+    penalties, gradients = np.array([penalty_and_slope(nats) for nats in heads]).T
+    np.testing.assert_allclose(dots["x"], heads)
+    np.testing.assert_allclose(dots["y"], penalties, rtol=1e-6, atol=1e-12)
+    np.testing.assert_allclose(slopes["y"], gradients / len(heads), rtol=1e-6, atol=1e-12)
+    expected = [penalty_and_slope(nats)[0] for nats in curve["x"][::10]]
+    np.testing.assert_allclose(curve["y"][::10], expected, rtol=1e-6, atol=1e-12)
+    assert max(penalties) > 0
+    ceiling = math.log(context)
+    inside = sum(abs(nats - theta * ceiling) <= gamma * ceiling for nats in heads)
+    assert f"{inside} inside" in window.status()
+
+
+def test_temperature(page):
+    window, logits = Window(page, "temperature"), read_logits().logits
+    window.press("layer", "Home")
+    window.press("layer", "ArrowRight")
+    window.press("head", "ArrowRight", 2)
+    window.drag("t", 0.4)
+    window.press("t", "ArrowRight", 2)
+    layer, head = int(window.readout("layer")), int(window.readout("head"))
+    assert layer == 1
+    matrix, _, heads, curve, dot, slope, *_ = window.traces()
+    t = dot["x"][0]
+    assert t == pytest.approx(window.readout("t"), rel=5e-3)
+    assert t != 1
+
+    def entropy(t):
+        return attention_entropy(torch.softmax(logits[layer, head].double() / t, -1)).mean().item()
+
+    np.testing.assert_allclose(matrix["z"], torch.softmax(logits[layer, head] / t, -1), atol=1e-6)
+    assert dot["y"][0] == pytest.approx(entropy(t), abs=1e-5)
+    np.testing.assert_allclose(curve["y"], [entropy(t) for t in curve["x"]], atol=1e-5)
+    expected = attention_entropy(torch.softmax(logits.double(), -1)).mean(-1)
+    expected[layer, head] = entropy(t)
+    np.testing.assert_allclose(heads["z"], expected, atol=1e-5)
+    differences = np.gradient(curve["y"], np.log(curve["x"]))  # of dE/d(log t)
+    np.testing.assert_allclose(slope["y"][2:-2], differences[2:-2], atol=0.03 * max(slope["y"]))
+
+
+def test_runs(page, records):
+    window = Window(page, "runs")
+    sides = [1, 2]
+    for side, index in zip(("left", "right"), sides, strict=True):
+        record = records[index]
+        window.choose(side, f"{record.variant}, seed {record.seed} ({record.size}, {record.corpus})")
+    window.drag("step", 0.4)
+    window.press("step", "ArrowLeft", 1)
+    step, traces = window.readout("step"), window.traces()
+    words = window.status()
+    for n, index in enumerate(sides):
+        history = records[index].history
+        now = history[history["step"] <= step].iloc[-1]
+        np.testing.assert_allclose(traces[n]["z"], now["entropy"])
+        shares = [bar["x"][n] for bar in traces[2:6]]
+        np.testing.assert_allclose(shares, 100 * entropy_bands(np.array(now["entropy"])), rtol=1e-5)
+        np.testing.assert_allclose(traces[8 + n]["y"], history["loss"])
+        layers = np.array([trace["y"] for trace in traces[10 + n :: 2]]).T
+        np.testing.assert_allclose(layers, np.array(history["entropy"].tolist()).mean(-1))
+        collapsed = int(diagnose(now["entropy"], records[index].context_length)["collapsed"].sum())
+        assert f"step {now['step']}: loss {now['loss']:.3f} · {collapsed} collapsed" in words
+    assert window.layout("shapes.0.x0") == step
+
+
+def test_cost(page):
+    window = Window(page, "cost")
+    window.choose("prices", "SPU 0.9.5, measured")
+    window.choose("variant", "SM+R")
+    window.choose("context", "256")
+    window.press("layers", "ArrowLeft", 2)
+    window.drag("layers", 0.25)
+    layers, traces = int(window.readout("layers")), window.traces()
+    assert layers == pytest.approx(13, abs=1)
+    for row, variant in enumerate(("SM+R", "SM+LN+G")):
+        sizes = {"n_layer": layers, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
+        config = EntropyGPT2Config(**VARIANTS[variant].config_fields(), **sizes)
+        cost = inference_cost(config, 256, "spu-0.9.5-cheetah", "WAN")
+        for gigabytes, minutes in zip(traces[:PARTS], traces[PARTS : 2 * PARTS], strict=True):
+            part = gigabytes["name"]
+            assert gigabytes["x"][row] == pytest.approx(cost.bytes[part] / 1e9, rel=1e-5)
+            assert minutes["x"][row] == pytest.approx(cost.minutes[part], rel=1e-5)
+        assert sum(trace["x"][row] for trace in traces[:PARTS]) == pytest.approx(cost.communication_gb, rel=1e-5)
+
+
+def test_inspector(page):
+    window = Window(page, "inspector")
+    text = "import math\nprint(math.pi)\n"
+    window.control("text").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type(text, delay=20)
+    window.press("layer", "Home")
+    window.press("layer", "ArrowRight", 2)
+    window.press("head", "End")
+    model, tokenizer = load_tiny_model()
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    with torch.no_grad(), record_entropy(model) as recorder:
+        model(ids)
+    entropy = torch.cat(recorder.entropies)  # [L, H, T]: one sequence
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attention = model(ids, output_attentions=True).attentions[2][0, -1]
+
+    cells, weights, _, grid, chosen, matrix, here = window.traces()
+    np.testing.assert_allclose(grid["z"], entropy.mean(-1), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(matrix["z"], attention, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(cells["color"], entropy[2, -1], rtol=1e-4, atol=1e-5)
+    assert (chosen["x"], chosen["y"]) == ([3], [2])
+    assert here["y"] == [ids.shape[1] - 1] * 2  # the end of the text
+
+    position = 4
+    hover(window, cells["base"][position] + cells["x"][position] / 2, cells["y"][position])
+    row = attention[position]
+    weights, here = window.traces()[1], window.traces()[-1]
+    np.testing.assert_allclose(weights["width"], 0.3 * row / row.max(), rtol=1e-4, atol=1e-6)
+    assert here["y"] == [position] * 2
+    assert window.readout("position") == position
+    nats = entropy[2, -1, position].item()
+    assert f"{nats:.3g} nats, {math.exp(nats):.3g} keys" in window.status()
+
+
+def hover(window, x: float, y: float):
+    """The mouse to a place in the figure's first panel, in the panel's coordinates."""
+    pixel = window.figure.evaluate(
+        """(figure, [x, y]) => {
+          const { xaxis, yaxis } = figure._fullLayout, box = figure.getBoundingClientRect();
+          return [box.x + xaxis._offset + xaxis.l2p(x), box.y + yaxis._offset + yaxis.l2p(y)];
+        }""",
+        [x, y],
+    )
+    window.page.mouse.move(pixel[0] - 3, pixel[1])
+    window.page.mouse.move(*pixel, steps=3)
+    window.settle()

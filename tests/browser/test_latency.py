@@ -1,0 +1,49 @@
+"""From a key press to the redrawn figure, for every explorer; written to build/browser/latency.json."""
+
+import json
+from statistics import median
+
+import pytest
+from window import MARKS, OUTPUT, Window
+
+PRESSES = 20
+BOUND = 1000  # ms: machines are shared; the goal is 100 on two idle cores
+CONTROLS = {
+    "penalty": "theta", "temperature": "t", "runs": "step", "playground": "show", "cost": "layers",
+    "inspector": "position",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def report(request):
+    lines = {}
+    yield lines
+    (OUTPUT / "latency.json").write_text(json.dumps(lines, indent=1))
+    words = ", ".join(f"{name} {line['median']}" for name, line in lines.items())
+    request.config.get_terminal_writer().line(f"\nkey press to redraw, median of {PRESSES} (ms): {words}")
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_key_press_redraws_soon(page, name, report):
+    window = Window(page, name)
+    if name == "playground":  # which draws nothing anew but the run that is shown
+        make_two_runs(window)
+    window.settle()
+    window.figure.evaluate("figure => lab.watch(figure)")
+    window.control(CONTROLS[name]).focus()
+    back, forth = ("ArrowUp", "ArrowDown") if name == "playground" else ("ArrowLeft", "ArrowRight")
+    for press in range(PRESSES):
+        page.keyboard.press(forth if press % 4 < 2 else back)
+        window.settle(150)
+    times = page.evaluate("lab.times")
+    assert len(times) >= 15
+    report[name] = {"median": round(median(times)), "worst": round(max(times)), "all": [round(ms) for ms in times]}
+    assert median(times) < BOUND
+
+
+def make_two_runs(window):
+    window.press("steps", "Home")
+    for _ in range(2):
+        window.root.locator("button.entropy-run").click()
+        window.root.locator(".entropy-status", has_text="Finished").wait_for()
+        window.settle()
