@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 
 import plotly.io as pio
 import torch
 
+from entropy_lib.explore.figure_widget import figure_widget
 from entropy_lib.explore.figures import COLLAPSE, GRID, INK, OVERLOAD, VARIANT_COLORS, go
 
 try:
     import ipywidgets as widgets
 except ImportError as error:
     raise ImportError("the explorers need ipywidgets: pip install 'entropy_lib[notebooks]'") from error
-try:
-    import anywidget
-except ImportError:  # plotly 5 does without, and its figures fit themselves
-    anywidget = None
 
 MID_INK, MID_GRID = "#757B85", "rgba(140,146,156,0.28)"  # 4.2 to 1 on white and 4.5 to 1 on JupyterLab's dark page
 CLEAR = "rgba(0,0,0,0)"
@@ -27,23 +23,7 @@ CLEAR = "rgba(0,0,0,0)"
 _INK = f"var(--jp-content-font-color1, var(--vscode-foreground, var(--colab-primary-text-color, {MID_INK})))"
 _TEXTS = [".g-gtitle", "[class*=tick]", "[class^=g-x]", "[class^=g-y]", ".colorbar", ".legend"]
 _FILLED = ", ".join(f".entropy-explorer .js-plotly-plot {text} text" for text in _TEXTS)
-_STYLE = f"""<style>
-    .entropy-explorer {{min-width: 0; position: relative; color: {_INK}}} {_FILLED} {{fill: {_INK} !important}}
-    .entropy-fit {{position: absolute; inset: 0; margin: 0; visibility: hidden; pointer-events: none}}
-</style>"""
-# plotly 6 and newer draw a FigureWidget before it is on the page, 700 px wide, and hear of the window's size only, not
-# of a side bar's. This invisible sheet is as large as its explorer: it tells a figure that does not fill the cell.
-_FIT = """export default {
-  render({ el }) {
-    const filled = (figure) => Math.abs(figure.clientWidth - figure.querySelector(".main-svg")?.clientWidth) <= 1;
-    const sheet = new ResizeObserver(() => {
-      const figures = el.closest(".entropy-explorer")?.querySelectorAll(".js-plotly-plot") ?? [];
-      if (![...figures].every(filled)) window.dispatchEvent(new Event("resize"));
-    });
-    sheet.observe(el);
-    return () => sheet.disconnect();
-  },
-};"""
+_STYLE = f"<style>.entropy-explorer {{min-width: 0; color: {_INK}}} {_FILLED} {{fill: {_INK} !important}}</style>"
 
 
 def slider(
@@ -98,9 +78,9 @@ class Explorer(widgets.VBox):
         self.status.add_class("entropy-status")
         self._drawing = False
         self.redraw()
-        self.figure = _widget(self.figure)
+        self.figure = figure_widget(self.figure)
         rows = [row(*(self.controls[c] if isinstance(c, str) else c for c in names)) for names in arrangement]
-        super().__init__([widgets.HTML(_STYLE), *rows, self.status, self.figure, *_fit()])
+        super().__init__([widgets.HTML(_STYLE), *rows, self.status, self.figure])
         self.add_class("entropy-explorer")
         for name, control in self.controls.items():
             control.observe(lambda _, name=name: self.redraw(name), "value")
@@ -122,13 +102,6 @@ class Explorer(widgets.VBox):
         finally:
             self._drawing = False
             torch.set_num_threads(threads)
-        self._send_unseen()
-
-    def _send_unseen(self) -> None:
-        """Send the figure whole while no page shows it: a change is lost on a page that is still loading plotly."""
-        if getattr(self.figure, "_view_count", None) == 0:
-            self.figure._widget_data = deepcopy(self.figure._data)
-            self.figure._widget_layout = deepcopy(self.figure._layout_obj._props)
 
     def say(self, words: str) -> None:
         """Put one line of HTML above the figure; screen readers are told too."""
@@ -137,11 +110,6 @@ class Explorer(widgets.VBox):
     def still(self) -> go.Figure:
         """The figure as it stands, without a kernel: for `figures.show`, `figures.save` and pictures."""
         return go.Figure(self.figure.to_dict()).update_layout(paper_bgcolor="white", plot_bgcolor="white")
-
-
-def on_any_page(figure: go.Figure) -> go.FigureWidget:
-    """A FigureWidget as wide as its cell, with no background of its own and inks for light and dark pages."""
-    return _widget(_repainted(figure))
 
 
 def _repainted(figure: go.Figure) -> go.Figure:
@@ -153,23 +121,6 @@ def _repainted(figure: go.Figure) -> go.Figure:
     described["layout"].pop("template", None)
     made = go.Figure(_repaint(described))
     return made.update_layout(template="entropy_any_page", autosize=True, width=None, uirevision="explorer")
-
-
-def _widget(figure: go.Figure) -> go.FigureWidget:
-    try:
-        made = go.FigureWidget(figure)
-    except ImportError as error:  # plotly 6 and newer need anywidget, 5.24 does not
-        raise ImportError("the explorers need anywidget: pip install 'entropy_lib[notebooks]'") from error
-    made._config = {"responsive": True}
-    return made
-
-
-def _fit() -> list[widgets.Widget]:
-    if anywidget is None:
-        return []
-    sheet = anywidget.AnyWidget(_esm=_FIT)
-    sheet.add_class("entropy-fit")
-    return [sheet]
 
 
 def coloured(words: str, color: str) -> str:

@@ -59,6 +59,7 @@ def server(playwright_and_chromium, tmp_path_factory):
         "IPYTHONDIR": "ipython",
     }  # fmt: skip
     environment = {**os.environ, **{name: str(home / folder) for name, folder in folders.items()}}
+    environment["BROWSER_PATH"] = os.devnull  # no static pictures: each takes another browser
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
     command += [f"--ServerApp.root_dir={home / 'notebooks'}", "--LabApp.expose_app_in_browser=True"]
@@ -114,8 +115,8 @@ def page(playwright_and_chromium, server):
 
 def run_all(page):
     """Run All Cells, and wait until the kernel has; the widgets may still be drawing."""
-    page.wait_for_function("lab.kernelIsReady()")
-    page.evaluate("lab.app.commands.execute('notebook:run-all-cells')", timeout=300_000)
+    page.wait_for_function("lab.idle()")
+    page.evaluate("lab.app.commands.execute('notebook:run-all-cells')")
 
 
 def _note(errors: list[str], kind: str, text: str):

@@ -12,7 +12,7 @@ def notebook_width(page, width: int):
     around = page.viewport_size["width"] - notebook.bounding_box()["width"]
     page.set_viewport_size({"width": round(width + around), "height": page.viewport_size["height"]})
     page.wait_for_function(
-        "width => Math.abs(document.querySelector('.jp-NotebookPanel').clientWidth - width) < 2", arg=width
+        "width => Math.abs(document.querySelector('.jp-NotebookPanel').offsetWidth - width) < 2", arg=width
     )
 
 

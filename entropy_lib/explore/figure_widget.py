@@ -1,0 +1,78 @@
+"""plotly's FigureWidget, reliable in the browser: no change is lost on the way, and a figure fills its cell.
+
+plotly 6 and newer hand 5 MB of JavaScript with every figure to anywidget, which gives them two seconds to start: on a
+busy machine they pass, and from then on every change is dropped, the first data among them, since plotly sends those
+as a change. Changes that come while the script starts are dropped too. It draws before the figure is on the page, 700
+px wide, and hears of the window's size only, not of a side bar's. So here a figure is complete when it is first sent,
+anywidget starts a small script, and that one starts plotly's, once a page, keeps what comes meanwhile, and draws when
+there is a width to fill.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import plotly
+from traitlets import Unicode
+
+from entropy_lib.explore.figures import go
+
+_SCRIPT = """
+const CHANGES = ["_py2js_update", "_py2js_restyle", "_py2js_relayout"];
+
+const start = (source) => import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+
+export default () => {
+  let figure;
+  return {
+    initialize({ model }) {
+      const early = [];
+      const keep = CHANGES.map((name) => [name, () => early.push([name, model.get(name)])]);
+      for (const [name, listen] of keep) model.on(`change:${name}`, listen);
+      globalThis.entropyPlotly ??= {};
+      const plotly = (globalThis.entropyPlotly[model.get("_plotly_version")] ??= start(model.get("_plotly")));
+      figure = plotly.then(({ default: make }) => {
+        const made = make();
+        for (const [name, listen] of keep) model.off(`change:${name}`, listen);
+        made.initialize({ model });
+        for (const [name, change] of early) model.set(name, change);
+        return made;
+      });
+    },
+    async render({ model, el }) {
+      const made = await figure;
+      let width = 0, remove;
+      const cell = new ResizeObserver(() => {
+        if (!el.clientWidth || el.clientWidth === width) return;
+        width = el.clientWidth;
+        if (remove) window.dispatchEvent(new Event("resize"));
+        else remove = made.render({ model, el });
+      });
+      cell.observe(el);
+      return () => (cell.disconnect(), remove?.());
+    },
+  };
+};
+"""
+
+
+def figure_widget(figure: go.Figure) -> go.FigureWidget:
+    """A FigureWidget with the figure's data and layout. ImportError where plotly wants anywidget and there is none."""
+    try:
+        made = _widget_class()(figure)
+    except ImportError as error:  # plotly 6 and newer need anywidget, 5.24 does not
+        raise ImportError("the explorers need anywidget: pip install 'entropy_lib[notebooks]'") from error
+    made._config = {"responsive": True}
+    go.FigureWidget.open(made)
+    return made
+
+
+@cache
+def _widget_class() -> type:
+    bundle = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
+    if not bundle.is_file():  # plotly 5 is an extension of the notebook, with none of this
+        return go.FigureWidget
+    script = Unicode(bundle.read_text(encoding="utf-8")).tag(sync=True)
+    members = {"_esm": _SCRIPT, "_plotly": script, "_plotly_version": Unicode(plotly.__version__).tag(sync=True)}
+    return type("FigureWidget", (go.FigureWidget,), {**members, "open": lambda self: None})  # opened when complete
