@@ -24,6 +24,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 run: $(READY)
 	$(BIN)/python notebooks/run.py --output build/notebooks
 
+# Cells tagged nbval-skip train; `make run` executes them and their assertions.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -61,6 +61,7 @@ def test_a_key_table_for_nbval_with_output(notebook):
     checked = [cell for cell in code_cells(notebook) if cell.source.startswith("# NBVAL_CHECK_OUTPUT")]
     assert checked
     assert all(cell.outputs for cell in checked)
+    assert not any("nbval-skip" in cell.metadata.get("tags", []) for cell in checked)
 
 
 def test_no_machine_paths(path):
