@@ -62,25 +62,21 @@ class RunExplorer(Explorer):
     def __init__(self, records: Sequence[RunRecord]):
         self._records, self._shown = list(records), {}
         names = [(label(record), index) for index, record in enumerate(self._records)]
-        last = max(int(record.history["step"].iloc[-1]) for record in self._records)
-        # As often as the run recorded, so that every press of a key shows something new.
-        gaps = np.diff(self._records[0].history["step"].to_numpy())
-        stride = max(int(np.median(gaps)) if len(gaps) else 1, 1)
-        play = widgets.Play(value=last, min=0, max=last, step=stride, interval=400)
+        play = widgets.Play(value=0, min=0, max=1, interval=400)
         play.add_class("entropy-play")
         controls = {
             "left": dropdown("left", "left", names, 0),
             "right": dropdown("right", "right", names, min(1, len(names) - 1)),
-            "step": slider("step", "training step", last, 0, last, stride, width="420px"),
+            "step": slider("step", "training step", 0, 0, 0, 1, width="420px"),
             "learned": dropdown("learned", "learned", [(symbol, column) for column, symbol in SYMBOLS.items()]),
         }
-        link = widgets.jslink((play, "value"), (controls["step"], "value"))
+        self.play = play
         super().__init__(
             _figure(max(len(record.entropy) for record in records)),
             controls,
             [["left", "right"], ["step", row(play), "learned"]],
         )
-        self._link, self.play = link, play
+        self._link = widgets.jslink((play, "value"), (controls["step"], "value"))
 
     def shown(self, side: str) -> tuple[RunRecord, int]:
         """(record, row of its history) on a side, "left" or "right"."""
@@ -89,6 +85,8 @@ class RunExplorer(Explorer):
         return record, max(int(np.searchsorted(steps, self.controls["step"].value, side="right")) - 1, 0)
 
     def draw(self, changed: str | None) -> None:
+        if changed in (None, *SIDES):
+            self._set_steps([self._records[self.controls[side].value] for side in SIDES])
         shown = {side: self.shown(side) for side in SIDES}
         if changed in (None, *SIDES):
             self._draw_curves([record for record, _ in shown.values()])
@@ -112,6 +110,16 @@ class RunExplorer(Explorer):
         for line in range(4):  # the cursors
             self.figure.layout.shapes[line].update(x0=self.controls["step"].value, x1=self.controls["step"].value)
         self.say("<br>".join(words))
+
+    def _set_steps(self, records: list[RunRecord]) -> None:
+        """The slider ends with the longer run and moves as often as the runs recorded: every key shows something."""
+        steps = [record.history["step"].to_numpy() for record in records]
+        last = max(int(column[-1]) for column in steps)
+        stride = max(min((int(np.median(np.diff(column))) for column in steps if len(column) > 1), default=1), 1)
+        step = self.controls["step"]
+        value = last if step.value == step.max else min(step.value, last)  # who looks at the end stays there
+        for control in (step, self.play):
+            control.max, control.step, control.value = last, stride, value
 
     def _draw_curves(self, records: list[RunRecord]) -> None:
         """What depends on the runs, not on the step: names, axes, curves of layers and losses."""

@@ -6,6 +6,8 @@
     : typeof value === "number" && !Number.isFinite(value) ? null
     : value;
 
+  const pending = new Set(); // messages to the kernel that it has not dealt with
+
   window.lab = {
     app: window.jupyterapp,
     kernel: () => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel,
@@ -24,8 +26,10 @@
     // From now on: milliseconds from each key that is pressed to the frame that shows the redrawn figure.
     watch: (figure) => {
       lab.times = [];
+      lab.redraws = 0;
       let pressed;
       document.addEventListener("keydown", (event) => (pressed = event.timeStamp), { capture: true });
+      figure.on("plotly_afterplot", () => lab.redraws++);
       figure.on("plotly_update", () =>
         requestAnimationFrame(() => {
           if (pressed !== undefined) lab.times.push(performance.now() - pressed);
@@ -34,13 +38,21 @@
       );
     },
 
-    // Resolves once the kernel is idle and no figure was redrawn for `quiet` milliseconds.
+    // An exception in the kernel, an observer's too, becomes an error in the console.
+    listen: () =>
+      lab.kernel().anyMessage.connect((kernel, { msg, direction }) => {
+        if (direction === "send" && msg.channel === "shell") pending.add(msg.header.msg_id);
+        if (msg.content.execution_state === "idle") pending.delete(msg.parent_header.msg_id);
+        if (msg.header.msg_type === "error") console.error(`kernel: ${msg.content.ename}: ${msg.content.evalue}`);
+      }),
+
+    // Resolves once the kernel has dealt with all messages and no figure was redrawn for `quiet` milliseconds.
     settled: async (figure, quiet) => {
       let last = performance.now();
       const redrawn = () => (last = performance.now());
       figure.on("plotly_update", redrawn);
-      while (!lab.idle() || performance.now() - last < quiet) {
-        if (!lab.idle()) redrawn();
+      while (pending.size || performance.now() - last < quiet) {
+        if (pending.size) redrawn();
         await new Promise((resolve) => setTimeout(resolve, 20));
       }
       figure.removeListener("plotly_update", redrawn);

@@ -7,7 +7,7 @@ import pytest
 from window import MARKS, OUTPUT, Window
 
 PRESSES = 20
-BOUND = 1000  # ms: machines are shared; the goal is 100 on two idle cores
+BOUND = 500  # ms: machines of a CI are shared and slow
 CONTROLS = {
     "penalty": "theta", "temperature": "t", "runs": "step", "playground": "show", "cost": "layers",
     "inspector": "position",
@@ -33,10 +33,11 @@ def test_a_key_press_redraws_soon(page, name, report):
     window.control(CONTROLS[name]).focus()
     back, forth = ("ArrowUp", "ArrowDown") if name == "playground" else ("ArrowLeft", "ArrowRight")
     for press in range(PRESSES):
-        page.keyboard.press(forth if press % 4 < 2 else back)
-        window.settle(150)
+        page.keyboard.press(back if press % 4 < 2 else forth)
+        page.wait_for_function("count => lab.times.length > count", arg=press, timeout=10_000)
+        window.settle(50)
     times = page.evaluate("lab.times")
-    assert len(times) >= 15
+    assert page.evaluate("lab.redraws") == PRESSES  # one a change: more would flicker
     report[name] = {"median": round(median(times)), "worst": round(max(times)), "all": [round(ms) for ms in times]}
     assert median(times) < BOUND
 

@@ -44,13 +44,17 @@ class Window:
     def choose(self, name: str, label: str):
         """An item of a list, by arrow keys from its top."""
         select = self.control(name)
-        labels = select.locator("option").all_inner_texts()
+        labels = self._texts(select.locator("option"))
         select.focus()
         self.page.keyboard.press("Home")
         for _ in range(labels.index(label)):
             self.page.keyboard.press("ArrowDown")
         self.settle()
-        assert select.locator("option:checked").inner_text() == label
+        assert self._texts(select.locator("option:checked")) == [label]
+
+    @staticmethod
+    def _texts(items) -> list[str]:
+        return [text.replace("\u00a0", " ") for text in items.all_text_contents()]  # ipywidgets writes such blanks
 
     def drag(self, name: str, share: float):
         """Move a slider's handle with the mouse, to a share of the track."""
