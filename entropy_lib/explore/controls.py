@@ -21,7 +21,7 @@ CLEAR = "rgba(0,0,0,0)"
 # Numbers and titles of axes in the page's own ink where the page names one (JupyterLab, VS Code, Colab). Annotations
 # keep the ink of the figure, since their colours mean something. `min-width: 0` lets the figure shrink with the cell.
 _INK = f"var(--jp-content-font-color1, var(--vscode-foreground, var(--colab-primary-text-color, {MID_INK})))"
-_TEXTS = [".g-gtitle", "[class*=tick]", "[class^=g-x]", "[class^=g-y]", ".colorbar", ".legend"]
+_TEXTS = [".g-gtitle", "[class*=tick]", "[class^=g-x]", "[class^=g-y]", ".colorbar", "[class^=legend]"]
 _FILLED = ", ".join(f".entropy-explorer .js-plotly-plot {text} text" for text in _TEXTS)
 _STYLE = f"<style>.entropy-explorer {{min-width: 0; color: {_INK}}} {_FILLED} {{fill: {_INK} !important}}</style>"
 
@@ -115,7 +115,9 @@ class Explorer(widgets.VBox):
 def _repainted(figure: go.Figure) -> go.Figure:
     if "entropy_any_page" not in pio.templates:
         template = go.layout.Template(pio.templates["entropy"].to_plotly_json())
-        template.layout.update(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR)
+        # Every redraw would measure all labels anew, a third of its time: the explorers' margins have room for them.
+        axis = {"automargin": False, "ticklabeloverflow": "allow"}
+        template.layout.update(paper_bgcolor=CLEAR, plot_bgcolor=CLEAR, xaxis=axis, yaxis=axis)
         pio.templates["entropy_any_page"] = go.layout.Template(_repaint(template.to_plotly_json()))
     described = figure.to_plotly_json()
     described["layout"].pop("template", None)

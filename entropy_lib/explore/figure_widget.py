@@ -9,6 +9,8 @@ there is a width to fill.
 
 After every redraw plotly sends the kernel all defaults it filled in, 40 kB that no explorer reads and whose receipt
 fails where a default hides an array: here it does not. And a change is one message instead of three.
+
+JupyterLab takes the arrow keys from a list that has the focus, to move between cells: here the explorer keeps them.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ export default () => {
       const cell = new ResizeObserver(() => {
         if (!el.clientWidth || el.clientWidth === width) return;
         width = el.clientWidth;
+        el.closest(".entropy-explorer")?.setAttribute("data-lm-suppress-shortcuts", "true");
         if (remove) window.dispatchEvent(new Event("resize"));
         else remove = made.render({ model, el });
       });
@@ -90,8 +93,10 @@ def _widget_class() -> type:
         def open(self):  # by figure_widget, when it is complete
             pass
 
-        def _send_update_msg(self, *args, **options):
-            with self.hold_sync():
-                super()._send_update_msg(*args, **options)
+        def _send_update_msg(self, restyle_data, relayout_data, trace_indexes=None, source_view_id=None):
+            change = {"style_data": restyle_data, "layout_data": relayout_data, "source_view_id": source_view_id}
+            change |= {"style_traces": self._normalize_trace_indexes(trace_indexes)}
+            self._py2js_update = {**change, "trace_edit_id": 0, "layout_edit_id": 0}  # whose defaults nobody awaits
+            self._py2js_update = None
 
     return FigureWidget

@@ -196,6 +196,9 @@ def _figure(layers: int) -> go.Figure:
             figure.add_scatter(**look, hovertemplate=hover, row=2, col=col)
     words = {"text": "", "x": 0.5, "y": 0.5, "xref": "x5 domain", "yref": "y5 domain", "showarrow": False}
     figure.add_annotation(**words)
+    notes = {"x": 1, "y": 1, "xanchor": "right", "yanchor": "bottom", "showarrow": False}
+    for axis, text in ((4, f"dark: layer 0 · bright: layer {layers - 1}"), (6, "solid: left run · dashed: right run")):
+        figure.add_annotation(text=text, xref=f"x{axis} domain", yref=f"y{axis} domain", **notes)
     for cell in ((2, 1), (2, 2), (3, 1), (3, 2)):
         cursor = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "line": {"color": OVERLOAD, "width": 2}}
         number = "" if cell == (1, 1) else 2 * cell[0] - 2 + cell[1]
@@ -213,5 +216,5 @@ def _figure(layers: int) -> go.Figure:
     figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "colorbar": bar}, barmode="stack", bargap=0.3)
     legend = {"orientation": "h", "x": 0, "y": -0.09, "yanchor": "top", "traceorder": "normal"}
     title = "<b>What a run’s final loss hides, its heads show on the way</b>"
-    margin = {"l": 64, "r": 12, "t": 64, "b": 76}
+    margin = {"l": 156, "r": 12, "t": 64, "b": 76}  # names of variants are left of the bars
     return figure.update_layout(title_text=title, height=900, margin=margin, legend=legend)
