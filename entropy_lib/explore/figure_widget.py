@@ -33,6 +33,11 @@ const start = async (source) => {
   return plotly.default;
 };
 
+const keepArrows = (event) => {
+  const moves = /^(Arrow|Home|End|Page)/.test(event.key);
+  if (moves && event.target.matches?.(".entropy-explorer select")) event.stopPropagation();
+};
+
 export default () => {
   let figure;
   return {
@@ -40,6 +45,7 @@ export default () => {
       const early = [];
       const keep = CHANGES.map((name) => [name, () => early.push([name, model.get(name)])]);
       for (const [name, listen] of keep) model.on(`change:${name}`, listen);
+      if (!globalThis.entropyPlotly) window.addEventListener("keydown", keepArrows, true);
       globalThis.entropyPlotly ??= {};
       const plotly = (globalThis.entropyPlotly[model.get("_plotly_version")] ??= start(model.get("_plotly")));
       figure = plotly.then((make) => {
@@ -56,7 +62,6 @@ export default () => {
       const cell = new ResizeObserver(() => {
         if (!el.clientWidth || el.clientWidth === width) return;
         width = el.clientWidth;
-        el.closest(".entropy-explorer")?.setAttribute("data-lm-suppress-shortcuts", "true");
         if (remove) window.dispatchEvent(new Event("resize"));
         else remove = made.render({ model, el });
       });

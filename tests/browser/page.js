@@ -28,7 +28,7 @@
       lab.times = [];
       lab.redraws = 0;
       let pressed;
-      document.addEventListener("keydown", (event) => (pressed = event.timeStamp), { capture: true });
+      window.addEventListener("keydown", (event) => (pressed = event.timeStamp), { capture: true });
       figure.on("plotly_afterplot", () => lab.redraws++);
       figure.on("plotly_update", () =>
         requestAnimationFrame(() => {

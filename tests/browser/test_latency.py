@@ -28,12 +28,12 @@ def test_a_key_press_redraws_soon(page, name, report):
     window = Window(page, name)
     if name == "playground":  # which draws nothing anew but the run that is shown
         make_two_runs(window)
-    window.settle()
+    window.settle(1000)  # a run that ends draws once more after its words
     window.figure.evaluate("figure => lab.watch(figure)")
     window.control(CONTROLS[name]).focus()
     back, forth = ("ArrowUp", "ArrowDown") if name == "playground" else ("ArrowLeft", "ArrowRight")
     for press in range(PRESSES):
-        page.keyboard.press(back if press % 4 < 2 else forth)
+        page.keyboard.press(back if press % 2 == 0 else forth)
         page.wait_for_function("count => lab.times.length > count", arg=press, timeout=10_000)
         window.settle(50)
     times = page.evaluate("lab.times")
