@@ -142,6 +142,13 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows).T
 
 
+def gaps(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
+    """{row: (the paper's gap, ours)} of what `reproduction` returns: NaN if there is none, infinity for a collapse."""
+    paper = table["paper_gap"].where(~(table["printed"] & table["paper_ppl"].isna()), math.inf)
+    ours = table["gap"].where(~((table["runs"] > 0) & (table["collapsed_runs"] == table["runs"])), math.inf)
+    return {row: (paper[row], ours[row]) for row in table.index}
+
+
 def progress(experiment: str, runs: str | Path = "data/runs") -> str:
     """One line: how many of an experiment's runs are on record, and the command that makes the rest."""
     planned = _experiment(experiment).runs

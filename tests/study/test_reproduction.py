@@ -14,6 +14,7 @@ from entropy_lib.study.recipes import get_recipe
 from entropy_lib.study.reproduction import (
     TABLES,
     examples,
+    gaps,
     main,
     markdown,
     printed_perplexities,
@@ -104,6 +105,9 @@ def test_a_collapsed_run_has_no_perplexity_and_keeps_its_heads(tmp_path):
     assert table.loc[["SM", "SM+R"], ["ppl", "gap"]].isna().all(axis=None)
     assert readable(table).loc["SM"].tolist() == ["collapsed", "–", "collapsed", "–", "4 / 0 / 0", "1 of 1"]
     assert readable(table).loc["SM+R", "here"] == "collapsed"
+    assert gaps(table)["SM"] == (math.inf, math.inf)
+    assert gaps(table)["SM+R"] == (pytest.approx(2.94 / 2.69 - 1), math.inf)
+    assert [math.isnan(gap) for gap in gaps(table)["SM+G"]] == [False, True]
 
     record(planned("table3", EREG, 0), tmp_path, 12.0)
     record(planned("table3", EREG, 1), tmp_path, 900.0, status="collapsed")
