@@ -159,16 +159,18 @@ def progress(experiment: str, runs: str | Path = "data/runs") -> str:
     )
 
 
-def examples(experiment: str, runs: str | Path = "data/runs", fallback: str = "pypi-small"):
+def examples(
+    experiment: str, runs: str | Path = "data/runs", needs: Iterable[str] = (), fallback: str = "pypi-small"
+) -> tuple[dict[str, RunRecord], str]:
     """({row: record}, caption): one run a row of a table, for figures that need heads and histories.
 
-    Fewer than two rows on record compare with nothing; then the records in the folder `fallback` are taken. The
-    caption names the folder, the tokens and the corpus.
+    Where fewer than two rows are on record, or one that a figure `needs` is not, the records in the folder `fallback`
+    are taken. The caption names the folder, the tokens and the corpus.
     """
-    found = {row: on_record[0] for row, planned in table_runs(experiment).items()
-             if (on_record := _on_record(planned, runs))}  # fmt: skip
+    found = {row: _on_record(planned, runs)[:1] for row, planned in table_runs(experiment).items()}
+    found = {row: on_record[0] for row, on_record in found.items() if on_record}
     folder = experiment
-    if len(found) < 2:
+    if len(found) < 2 or not set(needs) <= set(found):
         found, folder = {}, fallback
         for record in load_runs(Path(runs) / fallback):
             found.setdefault(record.variant, record)

@@ -198,6 +198,7 @@ def test_figures_fall_back_to_what_is_on_record(tmp_path):
     found, caption = examples("table2", tmp_path)
     assert [r.variant for r in found.values()] == list(found) == ["SM+LN+G", "SM"]
     assert caption == "data/runs/table2, 200M tokens of pypi-medium"
+    assert list(examples("table2", tmp_path, needs=[EREG])[0]) == ["SM+LN+G", EREG]
 
 
 @pytest.mark.parametrize("experiment", TABLES)
