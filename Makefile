@@ -1,5 +1,6 @@
 # make run    execute the notebook series headless at smoke scale into build/
 # make test   lint, tests, and the key tables of the committed notebooks
+# make test-colab  the explorers' tests and notebooks with Colab's versions of plotly and ipywidgets
 # make lab    open the notebooks in JupyterLab
 # make private  set up .venv-private, the two parties' own environment (Python 3.10 or 3.11, about 1 GB)
 # Each of the others sets up .venv by itself and reinstalls only when pyproject.toml or constraints.txt changed.
@@ -18,16 +19,25 @@ export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: run test lab private figures clean
+.PHONY: run test test-colab lab private figures clean
 
 run: $(READY)
 	$(BIN)/python notebooks/run.py --output build/notebooks
 
+# Cells tagged nbval-skip train; `make run` executes them and their assertions.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 	$(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+
+# Laid over .venv, so that torch and the rest are not installed twice.
+test-colab: export PYTHONPATH := $(CURDIR)/build/colab
+test-colab: $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PYTHONPATH) --requirement tests/colab_packages.txt
+	$(BIN)/python -c 'import ipywidgets, plotly; print(plotly.__file__, ipywidgets.__file__)' | grep -q 'build/colab.*build/colab'
+	$(BIN)/python -m pytest -W ignore::DeprecationWarning tests/explore
+	$(BIN)/python notebooks/run.py 00_start_here 01_entropy_math 08_explorers --output build/colab_notebooks
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks

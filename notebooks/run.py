@@ -1,4 +1,4 @@
-"""Execute the companion's notebooks without a browser: `python notebooks/run.py [NOTEBOOK ...] [-p NAME VALUE]`.
+"""Execute the companion's notebooks without a browser: `python notebooks/run.py [NOTEBOOK ...] [--scale SCALE]`.
 
 Runs every cell from top to bottom with this interpreter, in the notebook's own folder, and reports seconds, cells
 and the assertions that held. Exits with 1 if a notebook failed, with 2 if it was asked for something unknown.
@@ -24,6 +24,13 @@ from papermill.exceptions import PapermillExecutionError
 NOTEBOOKS = Path(__file__).resolve().parent
 ROOT = NOTEBOOKS.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+# Parameters of the notebooks that train; "smoke" is what they are committed with.
+SCALES = {
+    "smoke": {},
+    "small": {"size": "small", "corpus": "pypi-small", "recipe": "small"},
+    "paper": {"size": "gpt2", "corpus": "pypi-medium", "recipe": "paper"},
+}
+SMOKE_CELL_SECONDS = 900  # a cell takes under two minutes at smoke scale; one that hangs must not hold up the rest
 
 
 def parse(source: str) -> ast.Module:
@@ -68,7 +75,7 @@ def tidy(notebook):
     return notebook
 
 
-def run(path: Path, output: Path, parameters: dict) -> tuple[str, float, int, int]:
+def run(path: Path, output: Path, parameters: dict, cell_seconds: int | None) -> tuple[str, float, int, int]:
     """Execute one notebook into `output`; returns (error or "", seconds, code cells, assertions)."""
     source = nbformat.read(path, as_version=4)
     start, error = time.perf_counter(), ""
@@ -76,11 +83,11 @@ def run(path: Path, output: Path, parameters: dict) -> tuple[str, float, int, in
         papermill.execute_notebook(
             path, output, parameters=parameters, kernel_name="python3",
             language="python", cwd=path.parent,
-            progress_bar=False, store_widget_state=False,
+            progress_bar=False, store_widget_state=False, execution_timeout=cell_seconds,
         )  # fmt: skip
     except PapermillExecutionError as failure:
         error = f"cell [{failure.exec_count}]:\n{failure.source}\n\n{failure.ename}: {failure.evalue}"
-    except Exception as failure:  # a kernel that died, a notebook that is no notebook
+    except Exception as failure:  # a kernel that died, a cell past its limit, a notebook that is no notebook
         error = f"{type(failure).__name__}: {failure}"
     seconds = time.perf_counter() - start
     return error, seconds, sum(cell.cell_type == "code" for cell in source.cells), count_asserts(source)
@@ -98,31 +105,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="path or name; all of this folder if none")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "notebooks", help="folder of executed copies")
+    parser.add_argument("--scale", choices=SCALES, default="smoke", help="of what is trained; default: %(default)s")
+    parser.add_argument(
+        "--cell-timeout", type=int, metavar="SECONDS", help=f"default: {SMOKE_CELL_SECONDS} at smoke scale, else none"
+    )
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--update", action="store_true", help="write the results back over the notebooks themselves")
     options = parser.parse_args(arguments)
     try:
         parameters = {name: yaml.safe_load(value) for name, value in options.p}
         paths = [find_notebook(name) for name in options.notebooks] or sorted(NOTEBOOKS.glob("*.ipynb"))
+        of_scale = {}  # a notebook that does not train has nothing to scale
         for path in paths:
             known = parameter_names(path)
             if unknown := [name for name in parameters if name not in known]:
                 raise ValueError(
                     f"{path.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}"
                 )
-        if options.update and parameters:
-            raise ValueError("--update writes notebooks with their own parameters: leave out -p")
+            of_scale[path] = {name: value for name, value in SCALES[options.scale].items() if name in known}
+        if options.update and (parameters or options.scale != "smoke"):
+            raise ValueError("--update writes notebooks with their own parameters: leave out -p and --scale")
     except (ValueError, yaml.YAMLError, SyntaxError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
     options.output.mkdir(parents=True, exist_ok=True)
+    cell_seconds = options.cell_timeout or (SMOKE_CELL_SECONDS if options.scale == "smoke" else None)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         use_this_interpreter(folder)
         for path in paths:
             target = options.output / path.name
-            error, seconds, cells, asserts = run(path, target, parameters)
+            error, seconds, cells, asserts = run(path, target, of_scale[path] | parameters, cell_seconds)
             results.append((path.stem, "FAILED" if error else "ok", seconds, cells, asserts))
             print(
                 f"{path.name}: {results[-1][1]}, {seconds:.1f} s, {cells} code cells, {asserts} assertions", flush=True

@@ -1,6 +1,7 @@
 """Committed notebooks are executed, light and honest; their runner reports what fails and refuses what it cannot do."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_a_key_table_for_nbval_with_output(notebook):
     checked = [cell for cell in code_cells(notebook) if cell.source.startswith("# NBVAL_CHECK_OUTPUT")]
     assert checked
     assert all(cell.outputs for cell in checked)
+    assert not any("nbval-skip" in cell.metadata.get("tags", []) for cell in checked)
 
 
 def test_no_machine_paths(path):
@@ -83,14 +85,20 @@ def make_notebook(folder, name, *sources, parameters="count = 2"):
     return str(folder / f"{name}.ipynb")
 
 
-def run(*arguments):
+def run(*arguments, runner=RUNNER):
     pytest.importorskip("papermill")
-    command = [sys.executable, str(RUNNER), *map(str, arguments)]
+    command = [sys.executable, str(runner), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.mark.parametrize(
-    "extra", [["-p", "cuont", "3"], ["-p", "count", "3", "-p", "more", "1"], ["--update", "-p", "count", "1"]]
+    "extra",
+    [
+        ["-p", "cuont", "3"],
+        ["-p", "count", "3", "-p", "more", "1"],
+        ["--update", "-p", "count", "1"],
+        ["--update", "--scale", "small"],
+    ],
 )
 def test_runner_refuses_what_the_notebook_cannot_take(tmp_path, extra):
     result = run(make_notebook(tmp_path, "a", "assert count == 2"), "--output", tmp_path / "out", *extra)
@@ -125,6 +133,23 @@ def test_runner_passes_typed_parameters(tmp_path):
     assert run(path, "--output", tmp_path / "out", "-p", "count", "[1, 2.5]").returncode == 0
 
 
+def test_scale_sets_what_a_notebook_trains(tmp_path):
+    check = "assert (size, recipe, mine) == ('small', 'small', 3)"
+    trains = make_notebook(tmp_path, "a", check, parameters='size = "tiny"\nrecipe = "smoke"\nmine = 3')
+    reads = make_notebook(tmp_path, "b", "assert count == 2")
+    assert run(trains, reads, "--output", tmp_path / "out", "--scale", "small").returncode == 0
+    assert run(trains, "--output", tmp_path / "out").returncode == 1
+
+
+def test_a_cell_that_hangs_fails_and_the_rest_runs(tmp_path):
+    hangs = make_notebook(tmp_path, "hangs", "import time\ntime.sleep(100)")
+    good = make_notebook(tmp_path, "good", "assert count")
+    result = run(hangs, good, "--output", tmp_path / "out", "--cell-timeout", "2")
+    assert result.returncode == 1
+    assert "Timeout" in result.stdout
+    assert [line.split()[1] for line in result.stdout.splitlines()[-2:]] == ["FAILED", "ok"]
+
+
 def test_update_writes_back_a_clean_notebook(tmp_path):
     path = make_notebook(tmp_path, "a", "import ipywidgets\nipywidgets.IntSlider()", "print('ran')")
     before = nbformat.read(path, as_version=4)
@@ -136,3 +161,26 @@ def test_update_writes_back_a_clean_notebook(tmp_path):
     assert list(after.cells[1].outputs[0].data) == ["text/plain"]
     assert after.cells[2].outputs[0].text == "ran\n"
     assert [dict(cell.metadata) for cell in after.cells] == [{"tags": ["parameters"]}, {}, {}]
+
+
+# ---- the notebooks notice a wrong library
+
+
+@pytest.mark.parametrize(
+    ("file", "formula", "mistake"),
+    [
+        ("entropy.py", "weights.masked_fill(~positive, 1.0).log()", "weights.masked_fill(~positive, 1.0).log2()"),
+        ("regularization.py", "> self.tolerance_margin_factor * ceiling", "> self.tolerance_margin_factor"),
+    ],
+    ids=["entropy in bits", "margin in nats"],
+)
+def test_notebook_fails_when_a_formula_of_the_library_is_wrong(tmp_path, file, formula, mistake):
+    """In a copy of the library, which its runner puts ahead of the installed one."""
+    shutil.copytree(ROOT / "entropy_lib", tmp_path / "entropy_lib", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "notebooks", tmp_path / "notebooks", ignore=shutil.ignore_patterns("*.png"))
+    source = (tmp_path / "entropy_lib" / file).read_text()
+    assert source.count(formula) == 1
+    (tmp_path / "entropy_lib" / file).write_text(source.replace(formula, mistake))
+    result = run("01_entropy_math", "--output", tmp_path / "out", runner=tmp_path / "notebooks" / "run.py")
+    assert result.returncode == 1
+    assert "AssertionError" in result.stdout

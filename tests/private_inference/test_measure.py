@@ -40,6 +40,13 @@ def test_every_kind_of_operation_and_block_is_measured():
     assert rounds[0][0] == rounds[1][0] >= 14
 
 
+def test_operations_are_measured_at_both_lengths_and_blocks_at_one():
+    at = {length: list(measure.tasks(length)) for length in (128, 256)}
+    kinds = {n: {plan["steps"][0]["operation"] for s, _, plan, _ in at[n] if s == "operations"} for n in at}
+    assert kinds[128] == kinds[256] >= {"gelu", "layernorm", "softmax", "linear", "embed"}
+    assert {section for section, *_ in at[256]} == {"operations"}
+
+
 def test_an_interrupted_measurement_goes_on(fake, tmp_path, monkeypatch, capsys):
     arguments = ["--context-length", "128", "--output", str(tmp_path / "record.json")]
     whole = len(list(measure.tasks(128)))
