@@ -22,14 +22,14 @@ export JUPYTER_PLATFORM_DIRS := 1
 .PHONY: run test test-colab lab private figures clean
 
 run: $(READY)
-	$(BIN)/python notebooks/run.py --output build/notebooks
+	$(BIN)/python notebooks/run.py --jobs 2 --output build/notebooks
 
 # Cells tagged nbval-skip train; `make run` executes them and their assertions.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
 # Laid over .venv, so that torch and the rest are not installed twice.
 test-colab: export PYTHONPATH := $(CURDIR)/build/colab
