@@ -23,14 +23,14 @@ export JUPYTER_PLATFORM_DIRS := 1
 .PHONY: run test test-browser test-colab lab private figures clean
 
 run: $(READY)
-	$(BIN)/python notebooks/run.py --output build/notebooks
+	$(BIN)/python notebooks/run.py --jobs 2 --output build/notebooks
 
 # Cells tagged nbval-skip train; `make run` executes them and their assertions.
 test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
-	$(BIN)/python -m pytest --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest tests/browser
@@ -50,10 +50,12 @@ test-colab: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-# Re-execute the committed notebooks in place; with Chrome or Chromium present they carry static pictures.
+# Re-execute the committed notebooks in place and renew the README's pictures: needs Chrome or Chromium, notebook 03's
+# download and .venv-private, without which the committed outputs would lose what these give.
+PICTURES := 00_maps 01_temperature 02_entropy_maps 03_heatmap 04_tiny_layers 05_depth 06_by_query 07_today_prices 08_runs 09_maps
 figures: $(READY)
 	$(BIN)/python notebooks/run.py --update
-	mkdir -p notebooks/images && cp build/figures/02_entropy_maps.png notebooks/images/entropy_maps.png
+	mkdir -p notebooks/images && cp $(PICTURES:%=build/figures/%.png) notebooks/images
 
 # The engine has no wheel for a newer Python, so that the first of these that is old enough is taken.
 private: $(PRIVATE)/.ready

@@ -1,17 +1,21 @@
 """Execute the companion's notebooks without a browser: `python notebooks/run.py [NOTEBOOK ...] [--scale SCALE]`.
 
-Runs every cell from top to bottom with this interpreter, in the notebook's own folder, and reports seconds, cells
-and the assertions that held. Exits with 1 if a notebook failed, with 2 if it was asked for something unknown.
+Runs every cell from top to bottom with this interpreter, in the notebook's own folder, `--jobs` notebooks at a time,
+and reports seconds, cells and the assertions that held. Exits with 1 if a notebook failed, with 2 if it was asked
+for something unknown.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import nbformat
@@ -101,6 +105,10 @@ def use_this_interpreter(folder: str) -> None:
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # keeps the kernel's debugger from warning on stderr
 
 
+def leave_ctrl_c_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="path or name; all of this folder if none")
@@ -109,6 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--cell-timeout", type=int, metavar="SECONDS", help=f"default: {SMOKE_CELL_SECONDS} at smoke scale, else none"
     )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time; default: %(default)s")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--update", action="store_true", help="write the results back over the notebooks themselves")
     options = parser.parse_args(arguments)
@@ -131,25 +140,37 @@ def main(arguments: list[str] | None = None) -> int:
 
     options.output.mkdir(parents=True, exist_ok=True)
     cell_seconds = options.cell_timeout or (SMOKE_CELL_SECONDS if options.scale == "smoke" else None)
-    results = []
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         use_this_interpreter(folder)
-        for path in paths:
-            target = options.output / path.name
-            error, seconds, cells, asserts = run(path, target, of_scale[path] | parameters, cell_seconds)
-            results.append((path.stem, "FAILED" if error else "ok", seconds, cells, asserts))
-            print(
-                f"{path.name}: {results[-1][1]}, {seconds:.1f} s, {cells} code cells, {asserts} assertions", flush=True
-            )
-            if error:
-                print(f"\n{path.name}, {error}\n", flush=True)
-            elif options.update:
-                nbformat.write(tidy(nbformat.read(target, as_version=4)), path)
-    width = max([len(name) for name, *_ in results], default=8)
+        workers = ProcessPoolExecutor(max(1, options.jobs), initializer=leave_ctrl_c_to_the_parent)
+        try:
+            running = {
+                workers.submit(run, path, options.output / path.name, of_scale[path] | parameters, cell_seconds): path
+                for path in paths
+            }
+            for future in as_completed(running):
+                path = running[future]
+                error, seconds, cells, asserts = future.result()
+                results[path] = ("FAILED" if error else "ok", seconds, cells, asserts)
+                counts = f"{seconds:.1f} s, {cells} code cells, {asserts} assertions"
+                print(f"{path.name}: {results[path][0]}, {counts}", flush=True)
+                if error:
+                    print(f"\n{path.name}, {error}\n", flush=True)
+                elif options.update:
+                    nbformat.write(tidy(nbformat.read(options.output / path.name, as_version=4)), path)
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()  # a kernel ends with the process that started it
+            raise
+        finally:
+            workers.shutdown(cancel_futures=True)
+    width = max([len(path.stem) for path in paths], default=8)
     print(f"\n{'notebook':<{width}}  result  seconds  cells  assertions")
-    for name, result, seconds, cells, asserts in results:
-        print(f"{name:<{width}}  {result:<6}  {seconds:7.1f}  {cells:5}  {asserts:10}")
-    return int(any(result == "FAILED" for _, result, *_ in results))
+    for path in paths:
+        result, seconds, cells, asserts = results[path]
+        print(f"{path.stem:<{width}}  {result:<6}  {seconds:7.1f}  {cells:5}  {asserts:10}")
+    return int(any(result == "FAILED" for result, *_ in results.values()))
 
 
 if __name__ == "__main__":

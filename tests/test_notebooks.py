@@ -2,8 +2,10 @@
 
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,28 @@ def test_a_cell_that_hangs_fails_and_the_rest_runs(tmp_path):
     assert result.returncode == 1
     assert "Timeout" in result.stdout
     assert [line.split()[1] for line in result.stdout.splitlines()[-2:]] == ["FAILED", "ok"]
+
+
+def test_ctrl_c_ends_all_that_run_side_by_side(tmp_path):
+    started = "import os, pathlib, time\npathlib.Path(f'{os.getpid()}.kernel').touch()\ntime.sleep(100)"
+    slow = [make_notebook(tmp_path, name, started) for name in "abc"]
+    command = [sys.executable, RUNNER, *slow, "--output", tmp_path / "out", "--jobs", "2"]
+    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        end = time.monotonic() + 60
+        while len(kernels := list(tmp_path.glob("*.kernel"))) < 2 and time.monotonic() < end:
+            time.sleep(0.1)
+        assert len(kernels) == 2
+        runner.send_signal(signal.SIGINT)
+        _, errors = runner.communicate(timeout=20)
+        assert (runner.returncode, errors.strip()) == (130, "stopped")
+        end = time.monotonic() + 10  # a kernel looks for its parent every second
+        while (left := [k for k in kernels if Path(f"/proc/{k.stem}").exists()]) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not left
+        assert len(list(tmp_path.glob("*.kernel"))) == 2  # the third was not started any more
+    finally:
+        runner.kill()
 
 
 def test_update_writes_back_a_clean_notebook(tmp_path):

@@ -4,8 +4,9 @@ plotly 6 and newer hand 5 MB of JavaScript with every figure to anywidget, which
 busy machine they pass, and from then on every change is dropped, the first data among them, since plotly sends those
 as a change. Changes that come while the script starts are dropped too. It draws before the figure is on the page, 700
 px wide, and hears of the window's size only, not of a side bar's. So here a figure is complete when it is first sent,
-anywidget starts a small script, and that one starts plotly's, once a page, keeps what comes meanwhile, and draws when
-there is a width to fill.
+anywidget starts a small script, and that one starts plotly's, once a page, keeps what comes meanwhile, draws when
+there is a width to fill, and lets changes in whether or not anywidget has given the figure up: even the small script
+comes too late where the page is busy with another figure's plotly.
 
 After every redraw plotly sends the kernel all defaults it filled in, 40 kB that no explorer reads and whose receipt
 fails where a default hides an array: here it does not. And a change is one message instead of three.
@@ -15,6 +16,7 @@ JupyterLab takes the arrow keys from a list that has the focus, to move between 
 
 from __future__ import annotations
 
+import uuid
 from functools import cache
 from pathlib import Path
 
@@ -42,6 +44,10 @@ export default () => {
   let figure;
   return {
     initialize({ model }) {
+      model.widget_manager.get_model(model.get("_own_id")).then((real) => {
+        const widgetModel = Object.getPrototypeOf(Object.getPrototypeOf(real)); // beneath anywidget's
+        real.comm.on_msg(widgetModel._handle_comm_msg.bind(real));
+      });
       const early = [];
       const keep = CHANGES.map((name) => [name, () => early.push([name, model.get(name)])]);
       for (const [name, listen] of keep) model.on(`change:${name}`, listen);
@@ -94,6 +100,11 @@ def _widget_class() -> type:
         _esm = _SCRIPT
         _plotly = Unicode(bundle.read_text(encoding="utf-8")).tag(sync=True)
         _plotly_version = Unicode(plotly.__version__).tag(sync=True)
+        _own_id = Unicode().tag(sync=True)
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self._model_id = self._own_id = uuid.uuid4().hex  # for the script to find its model by
 
         def open(self):  # by figure_widget, when it is complete
             pass

@@ -96,7 +96,8 @@ def lines(
     span = [min(pairs[0][0] for pairs in points.values()), max(pairs[-1][0] for pairs in points.values())]
     if log_x:
         span = [math.log10(x) for x in span]
-        figure.update_xaxes(type="log", dtick=max(1, round((span[1] - span[0]) / 7)), tickformat="~g")
+        decades = span[1] - span[0]
+        figure.update_xaxes(type="log", dtick=max(1, round(decades / 7)) if decades > 1 else "D1", tickformat="~g")
     figure.update_layout(showlegend=labels and not ends_labelled).update_xaxes(title_text=x_title, range=span)
     return figure.update_yaxes(title_text=y_title, range=y_range)
 
@@ -311,7 +312,8 @@ def _dress(figure: go.Figure, title: str, height: int, right: float = 24, extra_
     margin = {"l": 64, "r": right, "t": 24 + 20 * len(words) + extra_top, "b": 56}
     template = "entropy_dark" if pio.templates.default == "entropy_dark" else "entropy"
     text = "<br>".join(f"<b>{line}</b>" for line in words)
-    return figure.update_layout(template=template, title_text=text, height=height, margin=margin)
+    pad = {"l": 12, "t": 12 + 10 * (len(words) - 1)}  # plotly centres a title of two lines where one would stand
+    return figure.update_layout(template=template, title={"text": text, "pad": pad}, height=height, margin=margin)
 
 
 def _mark(figure: go.Figure, axis: str, start: float, label: str, end=None, color=None, beside=False, **cell):

@@ -143,9 +143,9 @@ def compare(records: Iterable[RunRecord], baseline: str = "SM+LN+G") -> pd.DataF
     """One row a variant: runs, tokens, perplexity mean ± spread over seeds, gap to the baseline, bands, minutes.
 
     The gap is relative, PPL/PPL_baseline - 1, and NaN without a baseline run. The spread is the sample standard
-    deviation over seeds, NaN for one seed. Bands are Figure 2a's, averaged over runs; a collapsed run has no
-    perplexity and is counted in `collapsed`. Raises ValueError for records of different corpora, sizes or context
-    lengths.
+    deviation over seeds, NaN for one seed. Bands are Figure 2a's, averaged over runs; a collapsed run is counted in
+    `collapsed` and has no perplexity, whatever its last finite weights still give. Raises ValueError for records of
+    different corpora, sizes or context lengths.
     """
     records = list(records)
     if not records:
@@ -157,7 +157,7 @@ def compare(records: Iterable[RunRecord], baseline: str = "SM+LN+G") -> pd.DataF
         {
             "variant": record.variant,
             "tokens": record.tokens,
-            "perplexity": math.nan if record.eval_perplexity is None else record.eval_perplexity,
+            "perplexity": record.eval_perplexity if _finished(record) else math.nan,
             "collapsed": record.status == "collapsed",
             "minutes": record.minutes,
             **{f"band {i + 1}": share for i, share in enumerate(entropy_bands(record.entropy).tolist())},
@@ -172,3 +172,7 @@ def compare(records: Iterable[RunRecord], baseline: str = "SM+LN+G") -> pd.DataF
     reference = table["perplexity"].get(baseline, math.nan)
     table.insert(4, "gap", table["perplexity"] / reference - 1)
     return table
+
+
+def _finished(record: RunRecord) -> bool:
+    return record.status == "finished" and record.eval_perplexity is not None

@@ -13,6 +13,13 @@
     kernel: () => window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel,
     idle: () => lab.kernel()?.status === "idle",
 
+    // Run the cell whose code has this text in it.
+    runCell: async (text) => {
+      const { content } = lab.app.shell.currentWidget;
+      content.activeCellIndex = content.widgets.findIndex(({ model }) => model.sharedModel.source.includes(text));
+      await lab.app.commands.execute("notebook:run-cell");
+    },
+
     // Traces of a figure as plotly.js holds them, typed arrays as lists.
     traces: (figure) =>
       figure.data.map((trace) => {

@@ -1,0 +1,34 @@
+"""A figure takes changes even where anywidget has given it up, as it does two seconds after a start on a busy page."""
+
+import numpy as np
+import pytest
+from conftest import GIVEN_UP
+from window import Window
+
+AT_ONCE = """() => {
+  const timeout = AbortSignal.timeout;
+  AbortSignal.timeout = () => {
+    const late = new AbortController();
+    queueMicrotask(() => late.abort());
+    return late.signal;
+  };
+  return () => (AbortSignal.timeout = timeout);
+}"""
+
+
+@pytest.fixture
+def no_time_to_start(page):
+    restore = page.evaluate_handle(AT_ONCE)
+    yield
+    restore.evaluate("restore => restore()")
+
+
+def test_changes_arrive_at_a_figure_that_anywidget_gave_up(page, no_time_to_start):
+    with page.expect_event("pageerror") as event:
+        page.evaluate("lab.runCell('penalty = penalty_explorer()')")
+    assert GIVEN_UP in str(event.value)
+    window = Window(page, "penalty")
+    window.settle()
+    before = window.traces()
+    window.press("lambda", "ArrowLeft", 10)  # λ / 10
+    np.testing.assert_allclose(window.traces()[2]["y"], 0.1 * np.array(before[2]["y"]), rtol=1e-6)
