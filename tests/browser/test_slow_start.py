@@ -28,7 +28,7 @@ def test_changes_arrive_at_a_figure_that_anywidget_gave_up(page, no_time_to_star
         page.evaluate("lab.runCell('penalty = penalty_explorer()')")
     assert GIVEN_UP in str(event.value)
     window = Window(page, "penalty")
-    window.settle()
+    window.press("lambda", "End")
     before = window.traces()
-    window.press("lambda", "ArrowLeft", 10)  # λ / 10
+    window.press("lambda", "ArrowLeft", 10)  # steps of a tenth in log10 λ
     np.testing.assert_allclose(window.traces()[2]["y"], 0.1 * np.array(before[2]["y"]), rtol=1e-6)
