@@ -137,7 +137,7 @@ def below_inside_above(below: int, inside: int, above: int) -> str:
 
 def keys_worth(entropy: float) -> str:
     """An entropy in nats with its number of equal keys: '2.31 nats, 10.1 keys' worth'."""
-    return f"{entropy:.3g} nats, {math.exp(entropy):.3g} keys’ worth"
+    return f"{abs(entropy):.3g} nats, {math.exp(entropy):.3g} keys’ worth"  # one key has -0.0
 
 
 def legible(color: str) -> str:

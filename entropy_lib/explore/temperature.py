@@ -211,5 +211,5 @@ def _figure(sample: AttentionLogits) -> go.Figure:
     figure.update_yaxes(title_text="entropy E (nats)", title_standoff=6, row=1, col=2)
     figure.update_yaxes(title_text="dE / d(log t)", title_standoff=6, nticks=4, row=2, col=2)
     title = "<b>Entropy rises from 0 to its ceiling as the temperature grows, and never turns back</b>"
-    margin = {"l": 56, "r": 12, "t": 56, "b": 48}
+    margin = {"l": 56, "r": 18, "t": 56, "b": 48}
     return figure.update_layout(title_text=title, height=580, margin=margin, showlegend=False)
