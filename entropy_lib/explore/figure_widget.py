@@ -35,6 +35,13 @@ const start = async (source) => {
   return plotly.default;
 };
 
+const letChangesIn = async (model) => {
+  const real = await model.widget_manager?.get_model?.(model.get("_own_id"));
+  if (!real?.comm?.on_msg) return; // no front end of ipywidgets, and no gate of anywidget's
+  const widgetModel = Object.getPrototypeOf(Object.getPrototypeOf(real)); // beneath anywidget's
+  real.comm.on_msg(widgetModel._handle_comm_msg.bind(real));
+};
+
 const keepArrows = (event) => {
   const moves = /^(Arrow|Home|End|Page)/.test(event.key);
   if (moves && event.target.matches?.(".entropy-explorer select")) event.stopPropagation();
@@ -44,10 +51,7 @@ export default () => {
   let figure;
   return {
     initialize({ model }) {
-      model.widget_manager.get_model(model.get("_own_id")).then((real) => {
-        const widgetModel = Object.getPrototypeOf(Object.getPrototypeOf(real)); // beneath anywidget's
-        real.comm.on_msg(widgetModel._handle_comm_msg.bind(real));
-      });
+      letChangesIn(model);
       const early = [];
       const keep = CHANGES.map((name) => [name, () => early.push([name, model.get(name)])]);
       for (const [name, listen] of keep) model.on(`change:${name}`, listen);
