@@ -22,6 +22,16 @@ CHANGES_LOGITS = "softcap s_aux sinks position_bias alibi attention_bias head_ma
 listeners: list = []
 
 
+def no_mask(device: torch.device) -> Tensor:
+    """A mask that says: plainly causal, nothing hidden; for models that know it of their input.
+
+    None says so as well, but not to transformers' mask functions: without a cache they look for packed sequences in
+    the position ids, and under torch.compile, where they cannot look, build the whole mask. They pass on what has
+    four dimensions, and no other mask is empty.
+    """
+    return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
+
+
 def entropy_mask(
     batch_size: int,
     q_length: int,
@@ -87,14 +97,14 @@ def attend(
     Args:
         module: the layer, for its `is_causal` and for messages.
         query, key, value: [B, H, T, D] and [B, H_kv, T_k, D].
-        attention_mask: None, keys [B, T_k] (with causality on top if the layer is causal), or a whole mask
+        attention_mask: None or `no_mask`, keys [B, T_k] (with causality on top if the layer is causal), or a whole mask
             broadcastable to [B, H, T, T_k]: boolean, or additive with nothing but 0 and very negative values.
         dropout: above 0, the output comes from `scaled_dot_product_attention` with this dropout, while the entropy
             is that of the weights before dropout.
 
     Returns: output [B, T, H, D], entropy [B, H, T] in nats.
     """
-    mask, causal = attention_mask, getattr(module, "is_causal", True) if is_causal is None else is_causal
+    mask, causal = _given(attention_mask), getattr(module, "is_causal", True) if is_causal is None else is_causal
     query_len, key_len = query.shape[2], key.shape[2]
     if mask is None and causal and key_len > query_len > 1:  # as in sdpa: the rest of a static cache is still empty
         key, value, key_len = key[:, :, :query_len], value[:, :, :query_len], query_len
@@ -147,6 +157,7 @@ def attention_on_request_forward(
     With `output_entropies` it calls `attend` on the same masks, which stay small enough for the fused kernel under
     torch.compile too, where sdpa's own are always whole.
     """
+    attention_mask = _given(attention_mask)
     if attention_mask is not None and attention_mask.dim() == 2:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         attention_mask = _visible_keys(attention_mask, causal, query.shape[2], key.shape[2], query.device)
@@ -157,6 +168,10 @@ AttentionInterface.register("entropy", entropy_attention_forward)
 AttentionMaskInterface.register("entropy", entropy_mask)
 AttentionInterface.register("entropy_on_request", attention_on_request_forward)
 AttentionMaskInterface.register("entropy_on_request", entropy_mask)
+
+
+def _given(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None or mask.numel() == 0 else mask
 
 
 def _visible_where_added(mask: Tensor, module: nn.Module) -> Tensor:

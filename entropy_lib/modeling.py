@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
 
-from entropy_lib.interface import attend
+from entropy_lib.interface import attend, no_mask
 from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
 from entropy_lib.weight_normalization import iterate_spectral_norms, normalize_weights
 
@@ -260,11 +260,15 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
 
         Raises ValueError if the input is longer than the model's positions.
         """
-        length = (input_ids if input_ids is not None else inputs_embeds).shape[1]
+        ids_or_embeds = input_ids if input_ids is not None else inputs_embeds
+        length = ids_or_embeds.shape[1]
         if past_key_values is not None and not torch.compiler.is_compiling():
             length = length + int(past_key_values.get_seq_length())
         if length > self.config.n_positions:
             raise ValueError(f"input of {length} tokens exceeds the model's {self.config.n_positions} positions")
+        plain = attention_mask is None and position_ids is None and past_key_values is None
+        if plain and self.config._attn_implementation in ("entropy_on_request", "entropy"):
+            attention_mask = no_mask(ids_or_embeds.device)
         body = self.transformer(
             input_ids,
             past_key_values=past_key_values,

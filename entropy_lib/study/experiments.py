@@ -72,8 +72,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     for name, description, runs in (
         (
             "warmup",
-            "the warm-up at which the baseline is at its best, 66M tokens",
-            _sweep("warmup", ["SM+LN+G", EREG], SHORT, {f"{w}": {"warmup_ratio": w} for w in (0.05, 0.1, 0.2, 0.3)}),
+            "the warm-up at which the baseline is at its best, 200M tokens (10% is Table 3's)",
+            (
+                *_BASELINE[:1],
+                *_sweep("warmup", ["SM+LN+G"], FULL, {f"{w}": {"warmup_ratio": w} for w in (0.05, 0.2)}),
+            ),
         ),
         (
             "table3",
@@ -102,7 +105,10 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             "ablation",
             "temperature against regularisation: t at the start, λ, ceiling and unit of the penalty, 66M tokens",
-            _sweep("ablation", [EREG], SHORT, _ablation()),
+            (
+                *_runs("ablation", ["SM+LN+G", "SM+ScFuFFN"], SHORT),  # what the settings are held against
+                *_sweep("ablation", [EREG], SHORT, _ablation()),
+            ),
         ),
         (
             "figures7_8",

@@ -62,6 +62,7 @@ class RunRecord:
     history: pd.DataFrame = field(repr=False)
     tflops: float | None = None
     model: object = field(default=None, repr=False, compare=False)  # the trained model, not written to disk
+    path: Path | None = field(default=None, repr=False, compare=False)  # the JSON file it was read from
 
     def __post_init__(self):
         if self.status not in STATUSES:
@@ -84,7 +85,7 @@ class RunRecord:
 
     def summary(self) -> dict:
         """Everything but the history, as plain JSON types."""
-        skip = {"history", "model"}
+        skip = {"history", "model", "path"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
 
     def save(self, folder: str | Path) -> Path:
@@ -108,7 +109,7 @@ class RunRecord:
             raise ValueError(f"{path.name} is not a run record: it lacks {', '.join(sorted(missing))}")
         if not path.with_suffix(".parquet").exists():
             raise ValueError(f"{path.name} has no history beside it, {path.with_suffix('.parquet').name}")
-        record = cls(**summary, history=None)
+        record = cls(**summary, history=None, path=path)
         record._history_path = path.with_suffix(".parquet")
         del record.history  # see __getattr__
         return record

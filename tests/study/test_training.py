@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from entropy_lib import EntropyRegularization, build_model
+from entropy_lib import EntropyRegularization, build_model, interface
 from entropy_lib.study import runs
 from entropy_lib.study.__main__ import main
 from entropy_lib.study.recipes import Recipe, get_recipe, training_arguments
@@ -208,6 +208,28 @@ def test_bfloat16_and_compiled_runs_follow_the_plain_one(corpus):
     half = train(corpus, recipe=replace(RECIPE, precision="bfloat16"))
     np.testing.assert_allclose(column(half, "loss"), column(plain, "loss"), rtol=0.03)
     assert (column(half, "loss") != column(plain, "loss")).any()
+
+
+@pytest.mark.parametrize("variant", [EREG, "SM+LN+G"])
+def test_compiled_training_gets_no_mask(corpus, variant, monkeypatch):
+    """A whole mask, which transformers builds here unless told otherwise, would shut out the fused kernels."""
+
+    def without_mask(function):
+        def checked(*args, **kwargs):
+            masks = [m for m in (*args[4:], kwargs.get("mask"), kwargs.get("attention_mask")) if m is not None]
+            if masks:
+                raise AssertionError(f"{function.__name__} was given a mask")
+            return function(*args, **kwargs)
+
+        return checked
+
+    for name in ("entropy_attention", "sdpa_attention_forward"):
+        monkeypatch.setattr(interface, name, without_mask(getattr(interface, name)))
+    torch._dynamo.reset()
+    compiled = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    record = train(corpus, variant=variant, training_overrides=compiled)
+    torch._dynamo.reset()
+    assert record.status == "finished"
 
 
 def test_checkpointed_activations_change_nothing(corpus):
