@@ -1,5 +1,6 @@
 """Committed notebooks are executed, light and honest; their runner reports what fails and refuses what it cannot do."""
 
+import os
 import re
 import shutil
 import signal
@@ -90,7 +91,8 @@ def make_notebook(folder, name, *sources, parameters="count = 2"):
 def run(*arguments, runner=RUNNER):
     pytest.importorskip("papermill")
     command = [sys.executable, str(runner), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    environment = {**os.environ, "BROWSER_PATH": os.devnull}  # no static pictures: each takes a browser
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
 @pytest.mark.parametrize(

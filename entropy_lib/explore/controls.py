@@ -76,7 +76,7 @@ class Explorer(widgets.VBox):
         self.figure, self.controls = _repainted(figure), dict(controls)
         self.status = widgets.HTML()
         self.status.add_class("entropy-status")
-        self._drawing = False
+        self._drawing, self._said = False, None
         self.redraw()
         self.figure = figure_widget(self.figure)
         rows = [row(*(self.controls[c] if isinstance(c, str) else c for c in names)) for names in arrangement]
@@ -91,7 +91,7 @@ class Explorer(widgets.VBox):
     def redraw(self, changed: str | None = None) -> None:
         if self._drawing:
             return
-        self._drawing = True
+        self._drawing, self._said = True, None
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # starting a second one takes longer than these small sums, above all on busy cores
         try:
@@ -102,10 +102,15 @@ class Explorer(widgets.VBox):
         finally:
             self._drawing = False
             torch.set_num_threads(threads)
+            if self._said is not None:  # after the figure, which takes the page longer to draw
+                self.say(self._said)
 
     def say(self, words: str) -> None:
-        """Put one line of HTML above the figure; screen readers are told too."""
-        self.status.value = f'<div role="status" aria-live="polite" style="line-height:1.5">{words}</div>'
+        """Put one line of HTML above the figure; screen readers are told too. In `draw`: once the figure is sent."""
+        if self._drawing:
+            self._said = words
+        else:
+            self.status.value = f'<div role="status" aria-live="polite" style="line-height:1.5">{words}</div>'
 
     def still(self) -> go.Figure:
         """The figure as it stands, without a kernel: for `figures.show`, `figures.save` and pictures."""

@@ -15,6 +15,7 @@ PART_COLORS = {  # nonlinear operations in colour, linear ones in greys
     "embedding": "#C3C8CF",
     "vocabulary projection": "#E0E3E7",
 }
+LABELS = {"softmax": "softmax or its stand-in"}  # ReLU or x² attention, where a row has that instead
 
 
 def part_bars(
@@ -34,7 +35,7 @@ def part_bars(
             continue
         hover = "%{y}: %{x:.3g}<extra>" + part + "</extra>"
         look = {"marker": {"color": color, "line": {"color": "white", "width": 1}}, "orientation": "h"}
-        figure.add_bar(x=values, y=rows, name=part, hovertemplate=hover, **look)
+        figure.add_bar(x=values, y=rows, name=LABELS.get(part, part), hovertemplate=hover, **look)
     totals = [sum(costs[row].values()) for row in rows]
     reach = max([*totals, *(marks or {}).values()])
     for row, total in zip(rows, totals, strict=True):

@@ -12,6 +12,7 @@ After every redraw plotly sends the kernel all defaults it filled in, 40 kB that
 fails where a default hides an array: here it does not. And a change is one message instead of three.
 
 JupyterLab takes the arrow keys from a list that has the focus, to move between cells: here the explorer keeps them.
+The handles of ipywidgets' sliders have no name for a screen reader: here they get their slider's label.
 """
 
 from __future__ import annotations
@@ -47,6 +48,13 @@ const keepArrows = (event) => {
   if (moves && event.target.matches?.(".entropy-explorer select")) event.stopPropagation();
 };
 
+const nameSliders = (explorer) => {
+  for (const slider of explorer?.querySelectorAll(".widget-slider") ?? []) {
+    const label = slider.querySelector(".widget-label")?.textContent;
+    for (const handle of slider.querySelectorAll("[role=slider]")) handle.setAttribute("aria-label", label);
+  }
+};
+
 export default () => {
   let figure;
   return {
@@ -55,7 +63,10 @@ export default () => {
       const early = [];
       const keep = CHANGES.map((name) => [name, () => early.push([name, model.get(name)])]);
       for (const [name, listen] of keep) model.on(`change:${name}`, listen);
-      if (!globalThis.entropyPlotly) window.addEventListener("keydown", keepArrows, true);
+      if (!globalThis.entropyPlotly) {
+        window.addEventListener("keydown", keepArrows, true);
+        window.addEventListener("focusin", ({ target }) => nameSliders(target.closest?.(".entropy-explorer")));
+      }
       globalThis.entropyPlotly ??= {};
       const plotly = (globalThis.entropyPlotly[model.get("_plotly_version")] ??= start(model.get("_plotly")));
       figure = plotly.then((make) => {
@@ -72,6 +83,7 @@ export default () => {
       const cell = new ResizeObserver(() => {
         if (!el.clientWidth || el.clientWidth === width) return;
         width = el.clientWidth;
+        nameSliders(el.closest(".entropy-explorer"));
         if (remove) window.dispatchEvent(new Event("resize"));
         else remove = made.render({ model, el });
       });

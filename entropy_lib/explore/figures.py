@@ -312,7 +312,7 @@ def _dress(figure: go.Figure, title: str, height: int, right: float = 24, extra_
     margin = {"l": 64, "r": right, "t": 24 + 20 * len(words) + extra_top, "b": 56}
     template = "entropy_dark" if pio.templates.default == "entropy_dark" else "entropy"
     text = "<br>".join(f"<b>{line}</b>" for line in words)
-    pad = {"l": 12, "t": 12 + 10 * (len(words) - 1)}  # plotly centres a title of two lines where one would stand
+    pad = {"l": 12, "t": 12 + 10 * max(len(words) - 1, 0)}  # plotly centres a title of two lines where one would stand
     return figure.update_layout(template=template, title={"text": text, "pad": pad}, height=height, margin=margin)
 
 

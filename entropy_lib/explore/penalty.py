@@ -137,8 +137,7 @@ class PenaltyExplorer(Explorer):
         data[3].x = data[5].x = self.entropy.flatten().numpy()
         layout.xaxis.dtick, layout.yaxis.dtick = (1 if n <= 8 else 2 for n in (heads, layers))
         layout.xaxis.range, layout.yaxis.range = [-0.5, heads - 0.5], [layers - 0.5, -0.5]
-        for shape in (3, 7):
-            layout.shapes[shape].update(x0=self._reach, x1=self._reach)
+        layout.shapes[3].update(x0=self._reach, x1=self._reach)
         layout.annotations[3].x = self._reach
 
     def _draw_states(self, states: list[int]) -> None:
@@ -154,10 +153,9 @@ class PenaltyExplorer(Explorer):
         layout = self.figure.layout
         end = max(ceiling, self._reach) * 1.02
         low, high = (min(max(edge, 0), end) for edge in (low, high))
-        for first in (0, 4):
-            below, above, middle = (layout.shapes[first + n] for n in range(3))
-            below.x0, below.x1, above.x0, above.x1 = 0, low, high, end
-            middle.x0 = middle.x1 = self.controls["theta"].value * ceiling
+        below, above, middle, _ = layout.shapes
+        below.x1, above.x0, above.x1 = low, high, end
+        middle.x0 = middle.x1 = self.controls["theta"].value * ceiling
         layout.annotations[0].update(x=low / 2, text="<b>collapse</b>" if low > 0.13 * end else "")
         layout.annotations[1].update(x=(high + end) / 2, text="<b>overload</b>" if end - high > 0.13 * end else "")
         layout.annotations[2].x = self.controls["theta"].value * ceiling
@@ -167,12 +165,18 @@ class PenaltyExplorer(Explorer):
 def _figure() -> go.Figure:
     """Traces: 0 heatmap, 1 its heads outside, 2 and 3 penalty curve and heads, 4 and 5 gradient curve and heads.
 
-    Shapes 0-3 and 4-7: collapse band, overload band, θ and the reach of a head, in the two right panels.
+    Shapes: collapse band, overload band, θ and the reach of a head, through both right panels: each moves as one.
     """
     specs = [[{"rowspan": 2}, {}], [None, {}]]
-    gaps = {"column_widths": [0.4, 0.6], "horizontal_spacing": 0.19, "vertical_spacing": 0.06}
+    gaps = {"column_widths": [0.4, 0.6], "horizontal_spacing": 0.15, "vertical_spacing": 0.1}
     figure = make_subplots(2, 2, specs=specs, **gaps)
-    bar = {"title": {"text": "nats", "side": "top"}, "thickness": 10, "outlinewidth": 0, "x": 0.328, "len": 1.04}
+    bar = {
+        "title": {"text": "nats", "side": "top", "font": {"size": 13}},
+        "thickness": 10,
+        "outlinewidth": 0,
+        "x": 0.344,
+        "len": 1.04,
+    }
     hover = "layer %{y}, head %{x}<br>%{z:.3g} nats<extra></extra>"
     figure.add_heatmap(z=[[0]], zmin=0, zmax=1, colorscale="Cividis", colorbar=bar, xgap=2, ygap=2, hovertemplate=hover)
     rim = {"size": 8, "line": {"color": "#000001", "width": 1}}  # white with this rim is seen on every cell
@@ -184,21 +188,19 @@ def _figure() -> go.Figure:
         dots = {"size": 8, "opacity": 0.8, "line": {"width": 0}}
         hover = f"%{{text}}<br>{words}<extra></extra>"
         figure.add_scatter(mode="markers", marker=dots, hovertemplate=hover, row=cell, col=2)
-    for cell in (1, 2):
-        first = cell == 1  # names stand in the upper panel only
-        where = {"row": cell, "col": 2}
-        for mark, color in (("collapse", COLLAPSE), ("overload", OVERLOAD)):
-            _mark(figure, "x", 0, mark if first else "", 1, color, **where)
-        _mark(figure, "x", 0, "θ" if first else "", **where)
-        _mark(figure, "x", 0, "" if first else "uniform", **where)
-    kept = [annotation for annotation in figure.layout.annotations if annotation.text not in (None, "", "<b></b>")]
-    kept[3].update(y=0, yanchor="bottom")
-    figure.layout.annotations = kept
+    where = {"row": 1, "col": 2}
+    for name, color in (("collapse", COLLAPSE), ("overload", OVERLOAD)):
+        _mark(figure, "x", 0, name, 1, color, **where)
+    _mark(figure, "x", 0, "θ", **where)
+    _mark(figure, "x", 0, "uniform", **where)
+    figure.update_shapes(yref="paper", y0=0, y1=1)
+    figure.layout.annotations[3].update(yref="y3 domain", y=0, yanchor="bottom")
     bare = {"showline": False, "showgrid": False, "ticks": "", "row": 1, "col": 1}
     figure.update_xaxes(title_text="head", **bare).update_yaxes(title_text="layer", **bare)
-    number = {"exponentformat": "power", "nticks": 5, "zeroline": False, "title_standoff": 6, "col": 2}
-    figure.update_yaxes(title_text="penalty λδ²", row=1, **number)
-    figure.update_yaxes(title_text="d loss / dE", row=2, **number)
+    figure.update_yaxes(exponentformat="power", nticks=5, zeroline=False, col=2)
+    for axis, words in ((2, "penalty λδ² (nats)"), (3, "d loss / dE (nats per nat)")):
+        heading = {"x": 0, "y": 1, "xref": f"x{axis} domain", "yref": f"y{axis} domain", "showarrow": False}
+        figure.add_annotation(text=words, xanchor="left", yanchor="bottom", **heading)
     figure.update_xaxes(showticklabels=False, row=1, col=2)
     figure.update_xaxes(title_text="mean entropy of the head (nats)", row=2, col=2)
     title = "<b>The penalty pushes a head only once it has left the band</b>"

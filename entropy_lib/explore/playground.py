@@ -151,7 +151,8 @@ class TrainingPlayground(Explorer):
             self.controls[name].disabled = not variant.entropy_regularization
         if changed not in (None, "training", "show"):
             return  # the settings of the next run
-        self._draw_losses()
+        if changed != "show":
+            self._draw_losses()
         self._draw_heads()
         running, shown = bool(self._running()), self.shown
         self.buttons["run"].disabled, self.buttons["stop"].disabled = running, not running

@@ -107,8 +107,8 @@ class RunExplorer(Explorer):
             words.append(text + f"{states['healthy']} healthy · {overloaded}")
         for bar, shares in zip(data[BARS:LEARNED], zip(*bands, strict=True), strict=True):
             bar.x = shares
-        for line in range(4):  # the cursors
-            self.figure.layout.shapes[line].update(x0=self.controls["step"].value, x1=self.controls["step"].value)
+        for cursor in self.figure.layout.shapes:
+            cursor.update(x0=self.controls["step"].value, x1=self.controls["step"].value)
         self.say("<br>".join(words))
 
     def _set_steps(self, records: list[RunRecord]) -> None:
@@ -199,20 +199,26 @@ def _figure(layers: int) -> go.Figure:
     notes = {"x": 1, "y": 1, "xanchor": "right", "yanchor": "bottom", "showarrow": False}
     for axis, text in ((4, f"dark: layer 0 · bright: layer {layers - 1}"), (6, "solid: left run · dashed: right run")):
         figure.add_annotation(text=text, xref=f"x{axis} domain", yref=f"y{axis} domain", **notes)
-    for cell in ((2, 1), (2, 2), (3, 1), (3, 2)):
-        cursor = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "line": {"color": OVERLOAD, "width": 2}}
-        number = "" if cell == (1, 1) else 2 * cell[0] - 2 + cell[1]
-        figure.add_shape(**cursor, xref=f"x{number}", yref=f"y{number} domain")
+    for axis in ("x3", "x4"):  # through the second and the third row
+        ends = {"x0": 0, "x1": 0, "y0": figure.layout.yaxis5.domain[0], "y1": figure.layout.yaxis3.domain[1]}
+        figure.add_shape(type="line", line={"color": OVERLOAD, "width": 2}, xref=axis, yref="paper", **ends)
     bare = {"showline": False, "showgrid": False, "ticks": ""}
     figure.update_xaxes(title_text="head", title_standoff=2, **bare, row=1).update_yaxes(**bare, row=1)
     figure.update_yaxes(title_text="layer", row=1, col=1)
-    figure.update_yaxes(title_text="entropy of a layer (nats)", row=2, col=1)
+    figure.update_yaxes(title_text="layer entropy (nats)", row=2, col=1)
     figure.update_yaxes(title_text="loss (nats)", title_standoff=4, row=3, col=2)
     figure.update_yaxes(title_standoff=4, nticks=5, row=3)
+    figure.update_xaxes(showticklabels=False, row=2)  # those below it are the same
     figure.update_xaxes(title_text="training step", title_standoff=2, row=3)
     figure.update_xaxes(title_text="share of heads by quarter of the largest head entropy (%)", range=[0, 100], row=4)
     figure.update_yaxes(tickvals=[0, 1], range=[1.5, -0.5], ticks="", showgrid=False, row=4)
-    bar = {"title": {"text": "nats", "side": "top"}, "thickness": 10, "outlinewidth": 0, "len": 0.36, "y": 0.83}
+    bar = {
+        "title": {"text": "nats", "side": "top", "font": {"size": 13}},
+        "thickness": 10,
+        "outlinewidth": 0,
+        "len": 0.36,
+        "y": 0.83,
+    }
     figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "colorbar": bar}, barmode="stack", bargap=0.3)
     legend = {"orientation": "h", "x": 0, "y": -0.09, "yanchor": "top", "traceorder": "normal"}
     title = "<b>What a run’s final loss hides, its heads show on the way</b>"

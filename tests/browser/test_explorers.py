@@ -50,6 +50,15 @@ def test_tab_reaches_every_control(page, name):
     assert wanted <= reached
 
 
+@pytest.mark.parametrize("name", MARKS)
+def test_every_slider_has_the_name_that_is_beside_it(page, name):
+    root = Window(page, name).root
+    labels = root.locator(".widget-slider .widget-label").all_text_contents()
+    assert len(labels) == root.locator(".noUi-handle").count() > 0
+    for label in labels:
+        assert root.get_by_role("slider", name=label, exact=True).count() == 1
+
+
 def test_penalty(page, records):
     window = Window(page, "penalty")
     record = records[-1]

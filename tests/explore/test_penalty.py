@@ -83,7 +83,7 @@ def test_bands_and_counts_agree_with_where_the_penalty_is_not_zero():
     assert all(words in explorer.status.value for words in ("1 below", "2 inside", "1 above"))
     assert (shapes[0].x0, shapes[0].x1) == pytest.approx((0, 0.25 * ceiling))
     assert shapes[1].x0 == pytest.approx(0.75 * ceiling)
-    assert shapes[2].x0 == shapes[6].x0 == pytest.approx(0.5 * ceiling)
+    assert shapes[2].x0 == shapes[2].x1 == pytest.approx(0.5 * ceiling)
     assert (list(explorer.figure.data[1].x), list(explorer.figure.data[1].y)) == ([0, 3], [0, 0])
     explorer.controls["gamma"].value = 0.5
     assert all(words in explorer.status.value for words in ("0 below", "4 inside", "0 above"))

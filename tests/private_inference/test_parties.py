@@ -18,6 +18,9 @@ from entropy_lib.private_inference.costs import price_book
 from entropy_lib.private_inference.network import Relay
 from entropy_lib.private_inference.parties import ROOT, private_python, run_plan
 
+# In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.
+pytestmark = pytest.mark.xdist_group("processes")
+
 SERVER = {"owner": "server", "dtype": "float32"}
 CLIENT = {"owner": "client", "dtype": "float32", "shared": True}
 
@@ -175,26 +178,28 @@ def party_processes(parent):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_no_party_outlives_ctrl_c_or_the_end_of_its_parent(private, how):
+def test_no_party_outlives_ctrl_c_or_the_end_of_its_parent(private):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}
-    parent = subprocess.Popen([sys.executable, "-c", RUN], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                              env=environment)  # fmt: skip
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    command = [sys.executable, "-c", RUN]
+    parents = {how: subprocess.Popen(command, **pipes) for how in (signal.SIGINT, signal.SIGKILL)}  # both start slowly
     try:
-        while "step 1" not in (line := parent.stdout.readline()):
-            assert line, parent.stderr.read()
-        running = party_processes(parent.pid)
-        assert len(running) == 2
-        parent.send_signal(how)
-        _, errors = parent.communicate(timeout=60)
-        assert how == signal.SIGKILL or "KeyboardInterrupt" in errors
-        end = time.monotonic() + 20
-        while any(Path(f"/proc/{party}").exists() for party in running) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not [party for party in running if Path(f"/proc/{party}").exists()]
+        for how, parent in parents.items():
+            while "step 1" not in (line := parent.stdout.readline()):
+                assert line, parent.stderr.read()
+            running = party_processes(parent.pid)
+            assert len(running) == 2
+            parent.send_signal(how)
+            _, errors = parent.communicate(timeout=60)
+            assert how == signal.SIGKILL or "KeyboardInterrupt" in errors
+            end = time.monotonic() + 20
+            while any(Path(f"/proc/{party}").exists() for party in running) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert not [party for party in running if Path(f"/proc/{party}").exists()], how
     finally:
-        parent.kill()
-        parent.wait()
+        for parent in parents.values():
+            parent.kill()
+            parent.wait()
 
 
 # ---- the wire

@@ -246,6 +246,7 @@ def _text_corpus(folder):
     return path
 
 
+@pytest.mark.xdist_group("processes")
 def test_two_processes_give_the_losses_of_one(tmp_path):
     text = _text_corpus(tmp_path)
     options = [
