@@ -31,16 +31,26 @@ DASHES = ["solid", "4px,2px"]  # of the left run and the right one: told apart w
 
 
 def recorded(records: RunRecord | Sequence[RunRecord] | None) -> list[RunRecord]:
-    """Records as a list; None for those in data/runs."""
-    records = load_runs(RUNS) if records is None else [records] if isinstance(records, RunRecord) else list(records)
+    """Records as a list; None for those in data/runs, Table 3 first and in every folder collapsed runs last."""
+    if records is None:
+        records = sorted(load_runs(RUNS), key=lambda r: (r.path.parent != RUNS / "table3", r.path.parent, _rank(r)))
+    records = [records] if isinstance(records, RunRecord) else list(records)
     if not records:
         raise ValueError("no run records to explore")
     return records
 
 
+def _rank(record: RunRecord) -> tuple:
+    return record.status == "collapsed", record.seed, record.variant
+
+
 def label(record: RunRecord) -> str:
-    """A run's name in a list: variant, seed, size, corpus."""
-    return f"{record.variant}, seed {record.seed} ({record.size}, {record.corpus})"
+    """A run's name in a list: variant, seed, tokens, how it ended if badly, and its folder in data/runs or size."""
+    words = f"{record.variant}, seed {record.seed}, {record.tokens / 1e6:.3g}M tokens"
+    words += ", collapsed" * (record.status == "collapsed")
+    if record.path is not None and RUNS in record.path.parents:
+        return f"{words} ({record.path.parent.relative_to(RUNS).as_posix()})"
+    return f"{words} ({record.size}, {record.corpus})"
 
 
 def run_explorer(records: RunRecord | Sequence[RunRecord] | None = None) -> RunExplorer:

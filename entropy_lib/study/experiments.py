@@ -105,10 +105,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             "ablation",
             "temperature against regularisation: t at the start, λ, ceiling and unit of the penalty, 66M tokens",
-            (
-                *_runs("ablation", ["SM+LN+G", "SM+ScFuFFN"], SHORT),  # what the settings are held against
-                *_sweep("ablation", [EREG], SHORT, _ablation()),
-            ),
+            _sweep("ablation", [EREG], SHORT, _ablation()),
+        ),
+        (
+            "baselines_66M",
+            "what the runs of 66M tokens are held against",
+            _runs("baselines_66M", ["SM+LN+G", "SM+ScFuFFN"], SHORT),
         ),
         (
             "figures7_8",

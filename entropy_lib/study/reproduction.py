@@ -73,7 +73,7 @@ def table_runs(experiment: str) -> dict[str, list[Run]]:
     """{row: its runs}, the paper's rows and those that the experiment adds, in the order of `VARIANTS`.
 
     A printed row that the experiment does not train itself takes another experiment's runs with the same settings:
-    SM+LN+R of Table 3 is Table 2's, the baseline of Table 5 is the one of `ablation` at the same budget.
+    SM+LN+R of Table 3 is Table 2's, the baseline of Table 5 is the one of `baselines_66M`.
     """
     own = _experiment(experiment).runs
     rows: dict[str, list[Run]] = {}

@@ -121,7 +121,7 @@ def test_baselines_are_shared_between_experiments(tmp_path):
     assert reproduction("table6", tmp_path).loc["SM+SNorm", "gap"] == pytest.approx(0.5)  # seed 0, as planned there
     # Table 5 trains no baseline of its own: that of the same recipe, and of no other warm-up
     record(planned("warmup", "SM+LN+G", folder="0.2"), tmp_path, 5.0)
-    record(planned("ablation", "SM+LN+G"), tmp_path, 8.0)
+    record(planned("baselines_66M", "SM+LN+G"), tmp_path, 8.0)
     record(planned("table5", "SM+WNorm", folder="QK"), tmp_path, 16.0)
     record(planned("table5", "SM+WNorm", folder="QKVO+FFN"), tmp_path, 24.0)
     table = reproduction("table5", tmp_path)
@@ -149,7 +149,7 @@ def test_records_of_other_runs_are_refused(tmp_path):
 
 
 def test_a_sweep_is_tidy(tmp_path):
-    record(planned("ablation", "SM+LN+G"), tmp_path, 8.0)
+    record(planned("baselines_66M", "SM+LN+G"), tmp_path, 8.0)
     record(planned("ablation", EREG, folder="t0.01-lambda0"), tmp_path, 16.0, heads=(0, 0, 4))
     record(planned("ablation", EREG, folder="t1.0-lambda0.16-causal-head"), tmp_path, 12.0)
     record(planned("ablation", EREG, folder="t0.1-lambda0"), tmp_path, None, status="collapsed", heads=(3, 1, 0))
