@@ -1,4 +1,4 @@
-"""The README's training scripts run as they stand."""
+"""The README's training scripts run as they stand, and its table is that of the records."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from entropy_lib.study.reproduction import markdown
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SECTION = re.search(r"^## Use it in your training script$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
@@ -29,3 +31,7 @@ def test_training_script(script):
     else:
         assert thresholds.grad.abs().sum() > 0
         assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_table_is_that_of_the_records():
+    assert markdown("table3", Path(__file__).resolve().parents[1] / "data" / "runs").strip() in README

@@ -210,8 +210,11 @@ def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
 
 
 def markdown(experiment: str, runs: str | Path = "data/runs") -> str:
-    """A table with its heading and the line of `progress`, as Markdown."""
-    table = readable(reproduction(experiment, runs))
+    """A table with its heading and the line of `progress`, as Markdown; tokens and minutes are a run's."""
+    figures = reproduction(experiment, runs)
+    table = readable(figures)
+    table["tokens"] = [f"{n / 1e6:.3g}M" if n > 0 else "" for n in figures["tokens"]]
+    table["minutes"] = [f"{n:.1f}" if n > 0 else "" for n in figures["minutes"]]
     lines = [
         ["", *table.columns],
         ["---", *["---:"] * len(table.columns)],
