@@ -70,12 +70,13 @@ $(PRIVATE)/.ready: $(ENGINE)
 	$(PRIVATE)/bin/python -m pip install --quiet --requirement $(ENGINE)
 	@touch $@
 
+# Python compiles what it imports; compiling all that is installed would be half of the installation's time.
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.10 or later, or run make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or later is needed, $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) lacks venv or pip: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[notebooks,test]"
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[notebooks,test]"
 	@touch $@
 
 clean:

@@ -28,7 +28,7 @@ def test_a_key_press_redraws_soon(page, name, report):
     window = Window(page, name)
     if name == "playground":  # which draws nothing anew but the run that is shown
         make_two_runs(window)
-    window.settle(1000)  # a run that ends draws once more after its words
+    window.settle(1000)
     window.figure.evaluate("figure => lab.watch(figure)")
     window.control(CONTROLS[name]).focus()
     back, forth = ("ArrowUp", "ArrowDown") if name == "playground" else ("ArrowLeft", "ArrowRight")
@@ -46,5 +46,6 @@ def make_two_runs(window):
     window.press("steps", "Home")
     for _ in range(2):
         window.root.locator("button.entropy-run").click()
+        window.settle()  # the words of the run before are gone: it is not that one which has finished
         window.root.locator(".entropy-status", has_text="Finished").wait_for()
         window.settle()
