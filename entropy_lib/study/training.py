@@ -156,7 +156,7 @@ def train_variant(
         entropy=entropy.tolist(),
         recipe=asdict(recipe),
         model_config=model_config or {},
-        command=shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]]),
+        command=_command(variant.name, size, seed),
         versions=_versions(),
         history=history,
         model=model.eval(),
@@ -255,6 +255,13 @@ class _Progress(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
+
+
+def _command(variant: str, size: str, seed: int) -> str:
+    """The command line, or in a notebook, whose command line says nothing, the call beside the recipe on record."""
+    if any("ipykernel" in word for word in sys.orig_argv):
+        return f"train_variant({variant!r}, ..., size={size!r}, seed={seed}), in a notebook"
+    return shlex.join([Path(sys.executable).name, *sys.orig_argv[1:]])
 
 
 def device_name(device: torch.device) -> str:

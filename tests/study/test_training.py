@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from entropy_lib import EntropyRegularization, build_model, interface
-from entropy_lib.study import runs
+from entropy_lib.study import runs, training
 from entropy_lib.study.__main__ import main
 from entropy_lib.study.recipes import Recipe, get_recipe, training_arguments
 from entropy_lib.study.runs import RunRecord, compare, load_runs, read_history
@@ -230,6 +230,13 @@ def test_compiled_training_gets_no_mask(corpus, variant, monkeypatch):
     record = train(corpus, variant=variant, training_overrides=compiled)
     torch._dynamo.reset()
     assert record.status == "finished"
+
+
+def test_the_command_of_a_notebook_is_the_call(monkeypatch):
+    monkeypatch.setattr(training.sys, "orig_argv", ["python", "-m", "entropy_lib.study", "--variant", "SM+LN+G"])
+    assert training._command("SM+LN+G", "tiny", 0).endswith("-m entropy_lib.study --variant SM+LN+G")
+    monkeypatch.setattr(training.sys, "orig_argv", ["python", "-m", "ipykernel_launcher", "-f", "/somewhere/1.json"])
+    assert training._command("SM", "tiny", 3) == "train_variant('SM', ..., size='tiny', seed=3), in a notebook"
 
 
 def test_checkpointed_activations_change_nothing(corpus):
