@@ -11,6 +11,7 @@ from entropy_lib import EntropyRegularization, max_entropy
 
 pytest.importorskip("ipywidgets")
 explore = pytest.importorskip("entropy_lib.explore")
+from entropy_lib.explore.recorded_runs import recorded  # noqa: E402
 from entropy_lib.study.runs import RunRecord, load_runs  # noqa: E402
 
 RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
