@@ -248,6 +248,6 @@ def test_markdown_from_the_command_line(capsys):
     assert told == f"{markdown('table2', RECORDS)}\n{markdown('table6', RECORDS)}"
     row = next(line for line in told.splitlines() if line.startswith("| SM+LN+R |"))
     assert row.startswith("| SM+LN+R | 2.76 | +2.6% |")
-    assert {line.count("|") for line in told.splitlines() if line.startswith("|")} == {8}
+    assert {line.count("|") for line in told.splitlines() if line.startswith("|")} == {10}
     assert main(["figure1"]) == 2
     assert "no table" in capsys.readouterr().err
