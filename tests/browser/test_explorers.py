@@ -1,7 +1,6 @@
 """What the browser shows is what the library computes, after the keyboard and the mouse have moved the controls."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,16 +18,15 @@ from entropy_lib import (
     record_entropy,
 )
 from entropy_lib.explore.attention_logits import read_logits
+from entropy_lib.explore.recorded_runs import label, recorded
 from entropy_lib.explore.tiny_model import load_tiny_model
-from entropy_lib.study.runs import load_runs
 
-RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
 PARTS = 7  # of a bill: traces of one panel
 
 
 @pytest.fixture(scope="module")
 def records():
-    return load_runs(RUNS)
+    return recorded(None)
 
 
 @pytest.mark.parametrize("name", MARKS)
@@ -55,14 +53,14 @@ def test_every_slider_has_the_name_that_is_beside_it(page, name):
     root = Window(page, name).root
     labels = root.locator(".widget-slider .widget-label").all_text_contents()
     assert len(labels) == root.locator(".noUi-handle").count() > 0
-    for label in labels:
-        assert root.get_by_role("slider", name=label, exact=True).count() == 1
+    for text in labels:
+        assert root.get_by_role("slider", name=text, exact=True).count() == 1
 
 
 def test_penalty(page, records):
     window = Window(page, "penalty")
-    record = records[-1]
-    window.choose("run", f"{record.variant}, seed {record.seed} ({record.size}, {record.corpus})")
+    record = records[2]
+    window.choose("run", label(record))
     window.press("theta", "ArrowRight", 5)
     window.press("lambda", "ArrowRight", 3)
     window.drag("gamma", 0.3)
@@ -124,7 +122,7 @@ def test_runs(page, records):
     sides = [1, 2]
     for side, index in zip(("left", "right"), sides, strict=True):
         record = records[index]
-        window.choose(side, f"{record.variant}, seed {record.seed} ({record.size}, {record.corpus})")
+        window.choose(side, label(record))
     window.drag("step", 0.4)
     window.press("step", "ArrowLeft", 1)
     step, traces = window.readout("step"), window.traces()
