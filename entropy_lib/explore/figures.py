@@ -22,6 +22,7 @@ except ImportError as error:
 COLLAPSE, OVERLOAD, HEALTHY, INK, GRID = "#3B6FB6", "#C8553D", "#8A9099", "#2B2F36", "#E6E8EC"
 DARK_INK, DARK_GRID = "#A4AAB3", "rgba(140,146,156,0.25)"
 WIDTH, HEIGHT = 800, 420  # px; wider than a cell of JupyterLab on a small screen, a picture would be cut off
+IN_NATS = {"text": "nats", "side": "top", "font": {"size": 13}}  # title of a colour bar
 
 # Okabe-Ito without its yellow, which vanishes on white; indigo, olive and wine are Tol's, then grey and brown.
 # fmt: off
@@ -144,11 +145,10 @@ def entropy_heatmaps(entropies: Mapping, context_length: int, title: str | None 
     figure.update_xaxes(**bare).update_yaxes(**bare).update_annotations(font_size=13, yshift=2)
     ceiling = math.log(context_length)
     ticks = [*range(0, math.ceil(ceiling - 0.35), 1 if height > 260 else 2), ceiling]
-    bar = {"title": {"text": "nats", "side": "top", "font": {"size": 13}}, "thickness": 12, "outlinewidth": 0}
-    bar |= {"tickvals": ticks, "ticktext": [*map(str, ticks[:-1]), f"{ceiling:.2f} = log {context_length}"], "len": 1}
+    names = [*map(str, ticks[:-1]), f"{ceiling:.2f} = log {context_length}"]
+    bar = {"title": IN_NATS, "thickness": 12, "outlinewidth": 0, "tickvals": ticks, "ticktext": names, "len": 1}
     figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": ceiling, "colorbar": bar})
-    title = title or "Mean entropy of every head, by model"
-    return _dress(figure, title, height, extra_top=0 if alone else 22)
+    return _dress(figure, title or "Mean entropy of every head, by model", height, extra_top=0 if alone else 22)
 
 
 def entropy_band_bars(bands: Mapping, title: str | None = None) -> go.Figure:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_lib.explore.controls import CLEAR, Explorer, dropdown, keys_worth, slider
-from entropy_lib.explore.figures import _dress, go, make_subplots
+from entropy_lib.explore.figures import IN_NATS, _dress, go, make_subplots
 from entropy_lib.explore.tiny_model import TINY, load_tiny_model
 from entropy_lib.recording import record_entropy
 
@@ -243,7 +243,7 @@ def _empty_figure() -> go.Figure:
     font = {"family": "ui-monospace, Menlo, Consolas, DejaVu Sans Mono, monospace", "size": 12}
     style = {"mode": "text", "textfont": font, "hoverinfo": "skip", "showlegend": False}
     figure.add_scatter(x=[], y=[], **style, row=1, col=1)
-    bar = {"title": {"text": "nats", "side": "top", "font": {"size": 13}}, "tickfont": {"size": 13}}
+    bar = {"title": IN_NATS, "tickfont": {"size": 13}}
     bar |= {"x": 0.41, "len": 0.68, "y": 0.32, "thickness": 12, "outlinewidth": 0}
     figure.add_heatmap(
         z=[[0]], zmin=0, xgap=2, ygap=2, colorscale="Cividis", colorbar=bar, row=2, col=1,

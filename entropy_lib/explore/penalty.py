@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entropy_lib.entropy import max_entropy
 from entropy_lib.explore.controls import Explorer, below_inside_above, dropdown, slider
-from entropy_lib.explore.figures import COLLAPSE, HEALTHY, INK, OVERLOAD, _mark, go, make_subplots
+from entropy_lib.explore.figures import COLLAPSE, HEALTHY, IN_NATS, INK, OVERLOAD, _mark, go, make_subplots
 from entropy_lib.explore.recorded_runs import label, recorded
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.study.runs import RunRecord
@@ -171,7 +171,7 @@ def _figure() -> go.Figure:
     gaps = {"column_widths": [0.4, 0.6], "horizontal_spacing": 0.15, "vertical_spacing": 0.1}
     figure = make_subplots(2, 2, specs=specs, **gaps)
     bar = {
-        "title": {"text": "nats", "side": "top", "font": {"size": 13}},
+        "title": IN_NATS,
         "thickness": 10,
         "outlinewidth": 0,
         "x": 0.344,

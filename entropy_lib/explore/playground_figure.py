@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from entropy_lib.explore.figures import INK, _dress, go, make_subplots, sample_colorscale
+from entropy_lib.explore.figures import IN_NATS, INK, _dress, go, make_subplots, sample_colorscale
 
 MAX_RUNS = 6  # overlaid; the oldest makes room for the next
 
@@ -24,7 +24,7 @@ def empty_figure(layers: int, context_length: int) -> go.Figure:
         figure.add_scatter(x=[], y=[], mode="lines", **style, row=2, col=1)
     ceiling = math.log(context_length)
     bar = {
-        "title": {"text": "nats", "side": "top", "font": {"size": 13}},
+        "title": IN_NATS,
         "tickfont": {"size": 13},
         "thickness": 12,
         "outlinewidth": 0,

@@ -14,6 +14,7 @@ from entropy_lib.explore.figures import (
     BANDS,
     COLLAPSE,
     HEALTHY,
+    IN_NATS,
     INK,
     OVERLOAD,
     VARIANT_COLORS,
@@ -223,7 +224,7 @@ def _figure(layers: int) -> go.Figure:
     figure.update_xaxes(title_text="share of heads by quarter of the largest head entropy (%)", range=[0, 100], row=4)
     figure.update_yaxes(tickvals=[0, 1], range=[1.5, -0.5], ticks="", showgrid=False, row=4)
     bar = {
-        "title": {"text": "nats", "side": "top", "font": {"size": 13}},
+        "title": IN_NATS,
         "thickness": 10,
         "outlinewidth": 0,
         "len": 0.36,
