@@ -72,10 +72,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     for name, description, runs in (
         (
             "warmup",
-            "the warm-up at which the baseline is at its best, 200M tokens (10% is Table 3's)",
+            "the warm-up at which the baseline is at its best, and its rival's, 200M tokens (10% is Table 3's)",
             (
                 *_BASELINE[:1],
+                *_runs("table3", ["SM+ScFuFFN"], FULL),
                 *_sweep("warmup", ["SM+LN+G"], FULL, {f"{w}": {"warmup_ratio": w} for w in (0.05, 0.2)}),
+                *_sweep("warmup", ["SM+ScFuFFN"], FULL, {"0.2": {"warmup_ratio": 0.2}}),
             ),
         ),
         (
@@ -126,6 +128,14 @@ EXPERIMENTS: dict[str, Experiment] = {
             _sweep(
                 "budget", ["SM+LN+G", EREG], FULL,
                 {"33M": {"steps": 500}, "131M": {"steps": 2000}, "600M": {"steps": 9156, "checkpoint_every": 3000}},
+            ),
+        ),
+        (
+            "warmup_33M",
+            "is the baseline of 33M tokens at its best? 50 steps of warm-up against 150",
+            (
+                *_sweep("budget", ["SM+LN+G", EREG], FULL, {"33M": {"steps": 500}}),
+                *_sweep("warmup_33M", ["SM+LN+G", EREG], FULL, {"0.3": {"steps": 500, "warmup_ratio": 0.30}}),
             ),
         ),
         ("table7", "T = 256, 66M tokens", _runs("table7", HEADLINE, SHORT | _T256)),
