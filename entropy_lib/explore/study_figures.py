@@ -25,7 +25,7 @@ def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str =
     """Relative gaps {row: (in the paper, here)} as hollow and filled dots, one line a row.
 
     A gap is a fraction (0.19 is drawn at 19%). NaN is not drawn; infinity, for a training that collapsed, is a ✕ at
-    the right edge.
+    the right edge. `title` names the table; how far the two are apart is added to it.
     """
     finite = [100 * gap for pair in gaps.values() for gap in pair if math.isfinite(gap)]
     low, high = min([0.0, *finite]), max([1.0, *finite])
@@ -65,7 +65,19 @@ def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str =
     figure.update_xaxes(tickvals=ticks)
     order = {"categoryorder": "array", "categoryarray": list(gaps)[::-1], "range": [-0.5, len(gaps) - 0.5]}
     figure.update_yaxes(ticks="", ticksuffix=" ", automargin=True, **order)
+    title = f"{title}: {_difference(gaps)}"
     return _dress(figure, title, 130 + 30 * len(gaps), right=50 if anything_collapsed else 24, extra_top=26)
+
+
+def _difference(gaps: Mapping[str, tuple[float, float]]) -> str:
+    apart = [abs(here - paper) for paper, here in gaps.values() if math.isfinite(here - paper) and (here or paper)]
+    lost = [row for row, (paper, here) in gaps.items() if math.isfinite(paper) and here == math.inf]
+    if not apart and not lost:
+        return "the paper's gaps; ours are not yet run"
+    findings = [f"our gaps are at most {math.ceil(100 * max(apart))} points from the paper's"] if apart else []
+    if lost:
+        findings.append((" and ".join(lost) if len(lost) < 3 else f"{len(lost)} of its models") + " collapsed here")
+    return "; ".join(findings)
 
 
 def layer_entropy_panels(histories: Mapping, context_length: int, title: str) -> go.Figure:

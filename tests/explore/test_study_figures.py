@@ -29,6 +29,17 @@ def test_gaps_are_per_cents_and_a_collapse_is_a_cross_at_the_edge():
     json.dumps(figure.to_plotly_json())
 
 
+def test_the_title_says_how_far_the_two_are_apart():
+    def title(gaps):
+        return figures.gap_dots(gaps, "Table 2").layout.title.text
+
+    assert "Table 2: our gaps are at most 5 points from the paper's<" in title(GAPS) + "<"
+    lost = {"SM+WNorm": (0.35, math.inf), "SM+SNorm": (0.34, -0.01)}
+    assert "at most 35 points from the paper's; SM+WNorm collapsed here" in title(GAPS | lost)
+    assert "Table 2: SM+WNorm collapsed here" in title({"SM+WNorm": lost["SM+WNorm"]})
+    assert "ours are not yet run" in title({name: (paper, math.nan) for name, (paper, _) in GAPS.items()})
+
+
 def test_gaps_without_records_or_collapse():
     figure = figures.gap_dots({"SM+LN+G": (0.0, math.nan), "SM+LN": (-0.1, math.nan)}, "gaps")
     assert not [a for a in figure.layout.annotations if "collapsed" in a.text]
