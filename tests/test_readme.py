@@ -33,5 +33,6 @@ def test_training_script(script):
         assert all(p.grad is not None for p in model.parameters())
 
 
-def test_the_table_is_that_of_the_records():
-    assert markdown("table3", Path(__file__).resolve().parents[1] / "data" / "runs").strip() in README
+@pytest.mark.parametrize("table", ["table2", "table3"])
+def test_the_tables_are_those_of_the_records(table):
+    assert markdown(table, Path(__file__).resolve().parents[1] / "data" / "runs").strip() in README
