@@ -17,6 +17,7 @@ from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.study.runs import RunRecord
 
 POINTS = 161  # of the curves
+CURVES, OUTSIDE = (3, 7), ((1, 0), (2, 2))  # traces: each curve is followed by its heads; marks on the map, their state
 SYMBOLS, COLORS = ["triangle-down", "circle", "triangle-up"], [COLLAPSE, HEALTHY, OVERLOAD]  # below, inside, above
 
 
@@ -57,7 +58,7 @@ class PenaltyExplorer(Explorer):
             controls["run"] = dropdown("run", "recorded run", runs)
             rows.insert(0, ["run"])
         self._load(0)
-        self._states: list[int] = []
+        self._states = np.empty(0, int)
         super().__init__(_figure(), controls, rows)
 
     def _load(self, index: int) -> None:
@@ -106,20 +107,22 @@ class PenaltyExplorer(Explorer):
         penalty, gradient = self._alone(torch.cat([heads, grid]))
         gradient = gradient / heads.numel()  # the loss is the mean over all heads
         deviation, margin = heads - value["theta"] * ceiling, value["gamma"] * ceiling
-        states = (1 + (deviation > margin).long() - (deviation < -margin).long()).tolist()  # 0 below, 1 inside, 2 above
+        states = (1 + (deviation > margin).int() - (deviation < -margin).int()).numpy()  # 0 below, 1 inside, 2 above
         if changed in (None, "run"):
             self._draw_run()
-        if states != self._states or changed == "run":
+        if changed in (None, "run") or (states != self._states).any():
             self._draw_states(states)
         self._draw_band(low, high, ceiling)
         n, data, layout = heads.numel(), self.figure.data, self.figure.layout
-        for curve, dots, y in ((2, 3, penalty.numpy()), (4, 5, gradient.numpy())):
-            data[curve].x, data[curve].y, data[dots].y = grid.numpy(), y[n:], y[:n]
+        for curve, y in ((CURVES[0], penalty.numpy()), (CURVES[1], gradient.numpy())):
+            data[curve].x, data[curve].y = grid.numpy(), y[n:]
+            for state in range(3):
+                data[curve + 1 + state].y = y[:n][states == state]
         top = max(penalty.max().item(), 1e-12)
         layout.yaxis2.range = [-0.06 * top, 1.12 * top]
         top = max(gradient.abs().max().item(), 1e-12)
         layout.yaxis3.range = [-1.12 * top, 1.12 * top]
-        counts = [states.count(s) for s in range(3)]
+        counts = np.bincount(states, minlength=3)
         total = self.loss(self.entropy).item()
         words = f"{below_inside_above(*counts)} · penalty <b>{total:.3g}</b>"
         if self.record.eval_loss:
@@ -128,26 +131,24 @@ class PenaltyExplorer(Explorer):
 
     def _draw_run(self) -> None:
         layers, heads = self.entropy.shape
-        names = [f"layer {layer}, head {head}" for layer in range(layers) for head in range(heads)]
         top, data, layout = math.log(self.record.context_length), self.figure.data, self.figure.layout
         data[0].z, data[0].zmax = self.entropy.numpy(), top
         ticks = [*range(math.ceil(top - 0.35)), top]
         data[0].colorbar.update(tickvals=ticks, ticktext=[*map(str, ticks[:-1]), f"{top:.2f}"])
-        data[3].text = data[5].text = names
-        data[3].x = data[5].x = self.entropy.flatten().numpy()
         layout.xaxis.dtick, layout.yaxis.dtick = (1 if n <= 8 else 2 for n in (heads, layers))
         layout.xaxis.range, layout.yaxis.range = [-0.5, heads - 0.5], [layers - 0.5, -0.5]
         layout.shapes[3].update(x0=self._reach, x1=self._reach)
         layout.annotations[3].x = self._reach
 
-    def _draw_states(self, states: list[int]) -> None:
-        self._states, data = states, self.figure.data
-        look = {"color": [COLORS[s] for s in states], "symbol": [SYMBOLS[s] for s in states]}
-        data[3].marker.update(look)
-        data[5].marker.update(look)
-        outside = [index for index, s in enumerate(states) if s != 1]
-        data[1].y, data[1].x = np.divmod(np.array(outside, dtype=int), self.entropy.shape[1])  # layer, head
-        data[1].marker.update(symbol=[SYMBOLS[states[index]] for index in outside], color=["#FFFFFF"] * len(outside))
+    def _draw_states(self, states: np.ndarray) -> None:
+        self._states, data, entropy = states, self.figure.data, self.entropy.flatten().numpy()
+        places = np.stack(np.divmod(np.arange(len(states), dtype=np.int32), self.entropy.shape[1]), axis=1)
+        for state in range(3):
+            those = states == state
+            for curve in CURVES:
+                data[curve + 1 + state].x, data[curve + 1 + state].customdata = entropy[those], places[those]
+        for trace, state in OUTSIDE:
+            data[trace].y, data[trace].x = places[states == state].T
 
     def _draw_band(self, low: float, high: float, ceiling: float) -> None:
         layout = self.figure.layout
@@ -156,14 +157,16 @@ class PenaltyExplorer(Explorer):
         below, above, middle, _ = layout.shapes
         below.x1, above.x0, above.x1 = low, high, end
         middle.x0 = middle.x1 = self.controls["theta"].value * ceiling
-        layout.annotations[0].update(x=low / 2, text="<b>collapse</b>" if low > 0.13 * end else "")
-        layout.annotations[1].update(x=(high + end) / 2, text="<b>overload</b>" if end - high > 0.13 * end else "")
-        layout.annotations[2].x = self.controls["theta"].value * ceiling
+        collapse, overload, theta, *_ = layout.annotations
+        collapse.x, collapse.text = low / 2, "<b>collapse</b>" if low > 0.13 * end else ""
+        overload.x, overload.text = (high + end) / 2, "<b>overload</b>" if end - high > 0.13 * end else ""
+        theta.x = self.controls["theta"].value * ceiling
         layout.xaxis2.range = layout.xaxis3.range = [0, end]
 
 
 def _figure() -> go.Figure:
-    """Traces: 0 heatmap, 1 its heads outside, 2 and 3 penalty curve and heads, 4 and 5 gradient curve and heads.
+    """Traces: 0 heatmap, 1 and 2 its heads below and above, 3 penalty curve, 4 to 6 heads by state, 7 gradient curve,
+    8 to 10 heads by state. (One trace with a list of symbols would take plotly 30 ms more to check at every change.)
 
     Shapes: collapse band, overload band, θ and the reach of a head, through both right panels: each moves as one.
     """
@@ -180,14 +183,19 @@ def _figure() -> go.Figure:
     hover = "layer %{y}, head %{x}<br>%{z:.3g} nats<extra></extra>"
     figure.add_heatmap(z=[[0]], zmin=0, zmax=1, colorscale="Cividis", colorbar=bar, xgap=2, ygap=2, hovertemplate=hover)
     rim = {"size": 8, "line": {"color": "#000001", "width": 1}}  # white with this rim is seen on every cell
-    figure.add_scatter(mode="markers", marker=rim, hoverinfo="skip", row=1, col=1)
+    for _, state in OUTSIDE:
+        marker = {**rim, "color": "#FFFFFF", "symbol": SYMBOLS[state]}
+        figure.add_scatter(mode="markers", marker=marker, hoverinfo="skip", row=1, col=1)
     hovers = ["%{x:.3g} nats<br>penalty %{y:.3g}", "%{x:.3g} nats<br>gradient %{y:.3g} a nat"]
     for cell, words in enumerate(hovers, start=1):
         line = {"color": INK, "width": 1.5}
         figure.add_scatter(mode="lines", line=line, hoverinfo="skip", row=cell, col=2)
-        dots = {"size": 8, "opacity": 0.8, "line": {"width": 0}}
-        hover = f"%{{text}}<br>{words}<extra></extra>"
-        figure.add_scatter(mode="markers", marker=dots, hovertemplate=hover, row=cell, col=2)
+        hover = f"layer %{{customdata[0]}}, head %{{customdata[1]}}<br>{words}<extra></extra>"
+        for symbol, color in zip(
+            SYMBOLS, COLORS, strict=True
+        ):  # opaque: a page composes see-through elements one by one
+            dots = {"size": 8, "line": {"width": 0}, "symbol": symbol, "color": color}
+            figure.add_scatter(mode="markers", marker=dots, hovertemplate=hover, row=cell, col=2)
     where = {"row": 1, "col": 2}
     for name, color in (("collapse", COLLAPSE), ("overload", OVERLOAD)):
         _mark(figure, "x", 0, name, 1, color, **where)

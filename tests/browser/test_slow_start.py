@@ -31,4 +31,4 @@ def test_changes_arrive_at_a_figure_that_anywidget_gave_up(page, no_time_to_star
     window.press("lambda", "End")
     before = window.traces()
     window.press("lambda", "ArrowLeft", 10)  # steps of a tenth in log10 λ
-    np.testing.assert_allclose(window.traces()[2]["y"], 0.1 * np.array(before[2]["y"]), rtol=1e-6)
+    np.testing.assert_allclose(window.traces()[3]["y"], 0.1 * np.array(before[3]["y"]), rtol=1e-6)

@@ -15,7 +15,17 @@ from entropy_lib.explore.recorded_runs import recorded  # noqa: E402
 from entropy_lib.study.runs import RunRecord, load_runs  # noqa: E402
 
 RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
-HEADS, POINTS, GRADIENTS = 3, 2, 5  # traces: the heads' penalty, its curve, the heads' gradient
+PENALTY, GRADIENT = 3, 7  # traces: curves, each followed by its heads below, inside and above
+
+
+def dots(explorer, curve):
+    """x and y of all heads in a panel, and their state's symbol, in the order of layers and heads."""
+    found = []
+    for trace in explorer.figure.data[curve + 1 : curve + 4]:
+        if trace.x is not None:  # plotly drops empty lists
+            places = zip(trace.customdata, trace.x, trace.y, strict=True)
+            found += [(*place, x, y, trace.marker.symbol) for place, x, y in places]
+    return [list(column) for column in zip(*sorted(found), strict=True)][2:]
 
 
 def record(entropy, context_length=128, **changes):
@@ -62,15 +72,16 @@ def test_dots_are_the_library_s_penalty_and_gradient(explorer, gamma, per, reduc
     regularization = EntropyRegularization(0.01, gamma, context, reduction, per, ceiling)
     penalty, gradient = head_by_head(explorer.entropy, regularization, 0.4)
     data = explorer.figure.data
-    np.testing.assert_allclose(data[HEADS].x, explorer.entropy.flatten(), rtol=1e-6)
-    np.testing.assert_allclose(data[HEADS].y, penalty, rtol=1e-6, atol=1e-12)
-    np.testing.assert_allclose(data[GRADIENTS].y, gradient / 12, rtol=1e-6, atol=1e-12)
+    for curve, expected in ((PENALTY, penalty), (GRADIENT, gradient / 12)):
+        x, y, _ = dots(explorer, curve)
+        np.testing.assert_allclose(x, explorer.entropy.flatten(), rtol=1e-6)
+        np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-12)
     assert penalty.max() > 0
     assert explorer.loss(explorer.entropy).item() == pytest.approx(penalty.mean())
     assert f"{penalty.mean():.3g}" in explorer.status.value
     some = slice(0, None, 20)
-    curve, _ = head_by_head(data[POINTS].x[some], regularization, 0.4)
-    np.testing.assert_allclose(data[POINTS].y[some], curve, rtol=1e-6, atol=1e-12)
+    curve, _ = head_by_head(data[PENALTY].x[some], regularization, 0.4)
+    np.testing.assert_allclose(data[PENALTY].y[some], curve, rtol=1e-6, atol=1e-12)
 
 
 def test_bands_and_counts_agree_with_where_the_penalty_is_not_zero():
@@ -78,17 +89,18 @@ def test_bands_and_counts_agree_with_where_the_penalty_is_not_zero():
     explorer = explore.penalty_explorer(record([[0.1 * ceiling, 0.3 * ceiling, 0.5 * ceiling, 0.78 * ceiling]]))
     for name, value in {"theta": 0.5, "gamma": 0.25, "per": "head"}.items():
         explorer.controls[name].value = value
-    dots, shapes = explorer.figure.data[HEADS], explorer.figure.layout.shapes
-    assert [y > 0 for y in dots.y] == [True, False, False, True]
-    assert list(dots.marker.symbol) == ["triangle-down", "circle", "circle", "triangle-up"]
+    (_, penalty, symbols), shapes = dots(explorer, PENALTY), explorer.figure.layout.shapes
+    assert [y > 0 for y in penalty] == [True, False, False, True]
+    assert symbols == ["triangle-down", "circle", "circle", "triangle-up"]
     assert all(words in explorer.status.value for words in ("1 below", "2 inside", "1 above"))
     assert (shapes[0].x0, shapes[0].x1) == pytest.approx((0, 0.25 * ceiling))
     assert shapes[1].x0 == pytest.approx(0.75 * ceiling)
     assert shapes[2].x0 == shapes[2].x1 == pytest.approx(0.5 * ceiling)
-    assert (list(explorer.figure.data[1].x), list(explorer.figure.data[1].y)) == ([0, 3], [0, 0])
+    below, above = explorer.figure.data[1:3]
+    assert (list(below.x), list(below.y), list(above.x), list(above.y)) == ([0], [0], [3], [0])
     explorer.controls["gamma"].value = 0.5
     assert all(words in explorer.status.value for words in ("0 below", "4 inside", "0 above"))
-    assert len(explorer.figure.data[1].x) == 0
+    assert len(explorer.figure.data[1].x) == len(explorer.figure.data[2].x) == 0
     explorer.controls["gamma"].value = 0.0
     assert "4 inside" not in explorer.status.value
 
@@ -99,8 +111,9 @@ def test_edge_values_draw_finite_numbers(entropy, theta):
     explorer = explore.penalty_explorer(record(entropy, eval_loss=None, status="collapsed"))
     for name, value in {"theta": theta, "gamma": 0.0, "per": "query", "ceiling": "causal", "lambda": 1.0}.items():
         explorer.controls[name].value = value
-    for trace in explorer.figure.data[2:]:
-        assert np.isfinite(trace.y).all()
+    for curve in (PENALTY, GRADIENT):
+        assert np.isfinite(explorer.figure.data[curve].y).all()
+        assert np.isfinite(dots(explorer, curve)[1]).all()
     assert "loss of" not in explorer.status.value
 
 
@@ -119,6 +132,6 @@ def test_recorded_runs_are_there_by_default_and_can_be_changed():
     assert len(explorer.controls["run"].options) == len(records)
     explorer.controls["run"].value = 1
     np.testing.assert_allclose(explorer.figure.data[0].z, records[1].entropy)
-    np.testing.assert_allclose(explorer.figure.data[HEADS].x, np.ravel(records[1].entropy))
+    np.testing.assert_allclose(dots(explorer, PENALTY)[0], np.ravel(records[1].entropy))
     with pytest.raises(ValueError, match="no run records"):
         explore.penalty_explorer([])
