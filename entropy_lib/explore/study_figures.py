@@ -70,7 +70,8 @@ def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str =
 
 
 def _difference(gaps: Mapping[str, tuple[float, float]]) -> str:
-    apart = [abs(here - paper) for paper, here in gaps.values() if math.isfinite(here - paper) and (here or paper)]
+    finite = [pair for pair in gaps.values() if all(map(math.isfinite, pair)) and any(pair)]  # without the baseline's 0
+    apart = [abs(here - paper) for paper, here in finite]
     lost = [row for row, (paper, here) in gaps.items() if math.isfinite(paper) and here == math.inf]
     if not apart and not lost:
         return "the paper's gaps; ours are not yet run"
