@@ -19,7 +19,7 @@ from entropy_lib.private_inference.network import Relay
 from entropy_lib.private_inference.parties import ROOT, private_python, run_plan
 
 # In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("parties")
 
 SERVER = {"owner": "server", "dtype": "float32"}
 CLIENT = {"owner": "client", "dtype": "float32", "shared": True}

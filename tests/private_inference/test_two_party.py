@@ -21,7 +21,7 @@ from entropy_lib.private_inference.parties import run_plan
 from entropy_lib.private_inference.two_party import forward_plan, generate_two_party, run_two_party, server_weights
 
 # In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("parties")
 
 IDS = torch.tensor([3, 41, 5, 92, 65, 35, 8, 97 - 1])
 

@@ -291,6 +291,7 @@ def other_process(tmp_path_factory, own_text):
     return subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
 
 
+@pytest.mark.xdist_group("other_process")  # starts once, not once in every worker
 def test_threads_and_processes_do_not_change_tokens(other_process, own_text):
     assert other_process.stdout.strip() == corpus_hash(load_corpus(own_text, 64, 1_000)[0])
 
@@ -682,6 +683,7 @@ def test_large_vocabulary_is_stored_in_four_bytes(index, tmp_path, monkeypatch):
 # the hub
 
 
+@pytest.mark.xdist_group("other_process")
 def test_codeparrot_offline_for_real(other_process):
     assert re.search(r'\nConnectionError: .*codeparrot-ds-train.*"sample".*path', other_process.stderr)
 

@@ -20,7 +20,7 @@ from entropy_lib.study.runs import load_runs
 from entropy_lib.variants import VARIANTS
 
 # In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.xdist_group("training")
 
 SMALL = ["--steps", "2", "--micro-batch", "2", "--sequences-per-step", "2", "--context-length", "16",
          "--eval-blocks", "2", "--eval-every", "0"]  # fmt: skip

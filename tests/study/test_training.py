@@ -253,7 +253,7 @@ def _text_corpus(folder):
     return path
 
 
-@pytest.mark.xdist_group("processes")
+@pytest.mark.xdist_group("training")
 def test_two_processes_give_the_losses_of_one(tmp_path):
     text = _text_corpus(tmp_path)
     options = [
