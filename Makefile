@@ -19,6 +19,8 @@ export OMP_NUM_THREADS ?= 2
 # Waiting threads sleep instead of spinning, for machines that run something else as well.
 export OMP_WAIT_POLICY ?= PASSIVE
 export JUPYTER_PLATFORM_DIRS := 1
+# Where Python may not keep what it compiled, every process would compile torch and transformers anew: 12 s, not 7.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: run test test-browser test-colab lab private figures clean
 
