@@ -79,6 +79,11 @@ def tidy(notebook):
     return notebook
 
 
+def written_to_stderr(notebook) -> str:
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "".join(output.text for output in outputs if output.get("name") == "stderr")
+
+
 def run(path: Path, output: Path, parameters: dict, cell_seconds: int | None) -> tuple[str, float, int, int]:
     """Execute one notebook into `output`; returns (error or "", seconds, code cells, assertions)."""
     source = nbformat.read(path, as_version=4)
@@ -87,7 +92,7 @@ def run(path: Path, output: Path, parameters: dict, cell_seconds: int | None) ->
         papermill.execute_notebook(
             path, output, parameters=parameters, kernel_name="python3",
             language="python", cwd=path.parent,
-            progress_bar=False, store_widget_state=False, execution_timeout=cell_seconds,
+            progress_bar=False, store_widget_state=False, execution_timeout=cell_seconds, coalesce_streams=True,
         )  # fmt: skip
     except PapermillExecutionError as failure:
         error = f"cell [{failure.exec_count}]:\n{failure.source}\n\n{failure.ename}: {failure.evalue}"
@@ -152,13 +157,17 @@ def main(arguments: list[str] | None = None) -> int:
             for future in as_completed(running):
                 path = running[future]
                 error, seconds, cells, asserts = future.result()
+                if options.update and not error:
+                    executed = nbformat.read(options.output / path.name, as_version=4)
+                    if noise := written_to_stderr(executed):  # readers of the committed notebook would wonder at it
+                        error = f"not written back, since it wrote to stderr:\n{noise}"
+                    else:
+                        nbformat.write(tidy(executed), path)
                 results[path] = ("FAILED" if error else "ok", seconds, cells, asserts)
                 counts = f"{seconds:.1f} s, {cells} code cells, {asserts} assertions"
                 print(f"{path.name}: {results[path][0]}, {counts}", flush=True)
                 if error:
                     print(f"\n{path.name}, {error}\n", flush=True)
-                elif options.update:
-                    nbformat.write(tidy(nbformat.read(options.output / path.name, as_version=4)), path)
         except KeyboardInterrupt:
             for worker in multiprocessing.active_children():
                 worker.terminate()  # a kernel ends with the process that started it

@@ -176,8 +176,11 @@ def test_ctrl_c_ends_all_that_run_side_by_side(tmp_path):
         runner.kill()
 
 
+TWICE = "import time\nfor _ in range(2):\n    print('ran', flush=True)\n    time.sleep(0.5)"
+
+
 def test_update_writes_back_a_clean_notebook(tmp_path):
-    path = make_notebook(tmp_path, "a", "import ipywidgets\nipywidgets.IntSlider()", "print('ran')")
+    path = make_notebook(tmp_path, "a", "import ipywidgets\nipywidgets.IntSlider()", TWICE)
     before = nbformat.read(path, as_version=4)
     assert run(path, "--output", tmp_path / "out", "--update").returncode == 0
     after = nbformat.read(path, as_version=4)
@@ -185,8 +188,17 @@ def test_update_writes_back_a_clean_notebook(tmp_path):
     assert [cell.execution_count for cell in after.cells] == [1, 2, 3]
     assert set(after.metadata) == {"kernelspec", "language_info"}
     assert list(after.cells[1].outputs[0].data) == ["text/plain"]
-    assert after.cells[2].outputs[0].text == "ran\n"
+    assert [output.text for output in after.cells[2].outputs] == ["ran\nran\n"]  # however many messages it came in
     assert [dict(cell.metadata) for cell in after.cells] == [{"tags": ["parameters"]}, {}, {}]
+
+
+def test_update_writes_nothing_back_after_a_warning(tmp_path):
+    path = make_notebook(tmp_path, "a", "import warnings\nwarnings.warn('odd')")
+    before = Path(path).read_text()
+    result = run(path, "--output", tmp_path / "out", "--update")
+    assert result.returncode == 1
+    assert "UserWarning: odd" in result.stdout
+    assert Path(path).read_text() == before
 
 
 # ---- the notebooks notice a wrong library

@@ -116,7 +116,8 @@ class Explorer(widgets.VBox):
 
     def still(self) -> go.Figure:
         """The figure as it stands, without a kernel: for `figures.show`, `figures.save` and pictures."""
-        return go.Figure(self.figure.to_dict()).update_layout(paper_bgcolor="white", plot_bgcolor="white")
+        still = go.Figure(self.figure.to_dict()).update_layout(paper_bgcolor="white", plot_bgcolor="white")
+        return still.update_traces(uid=None)  # random: the same figure would never be the same output
 
 
 def _repainted(figure: go.Figure) -> go.Figure:

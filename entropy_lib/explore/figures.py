@@ -6,7 +6,6 @@ import base64
 import math
 import sys
 import textwrap
-import warnings
 from collections.abc import Collection, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +18,10 @@ try:
 except ImportError as error:
     raise ImportError("entropy_lib.explore draws with plotly: pip install 'entropy_lib[notebooks]'") from error
 
+from entropy_lib.explore.static_picture import HEIGHT, WIDTH, png
+
 COLLAPSE, OVERLOAD, HEALTHY, INK, GRID = "#3B6FB6", "#C8553D", "#8A9099", "#2B2F36", "#E6E8EC"
 DARK_INK, DARK_GRID = "#A4AAB3", "rgba(140,146,156,0.25)"
-WIDTH, HEIGHT = 800, 420  # px; wider than a cell of JupyterLab on a small screen, a picture would be cut off
 IN_NATS = {"text": "nats", "side": "top", "font": {"size": 13}}  # title of a colour bar
 
 # Okabe-Ito without its yellow, which vanishes on white; indigo, olive and wine are Tol's, then grey and brown.
@@ -241,7 +241,7 @@ def show(figure: go.Figure, name: str | None = None) -> None:
 
     The output holds the live figure and, where kaleido finds a browser, its picture for readers without a kernel.
     """
-    picture = _png(figure)
+    picture = png(figure)
     if name:
         save(figure, FIGURE_FOLDER, name, picture)
     if "google.colab" in sys.modules:  # does not know the plotly mimetype
@@ -262,30 +262,9 @@ def save(figure: go.Figure, folder: str | Path, name: str, picture: bytes | None
     page = Path(folder) / f"{name}.html"
     page.parent.mkdir(parents=True, exist_ok=True)
     figure.write_html(page, include_plotlyjs="directory", div_id=name)
-    if picture := picture or _png(figure):
+    if picture := picture or png(figure):
         page.with_suffix(".png").write_bytes(picture)
     return page
-
-
-_browser: dict[str, bool] = {}  # "found": whether pictures can be made, known after the first attempt
-
-
-def _png(figure: go.Figure) -> bytes | None:
-    if not _browser.get("found", True):
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # kaleido's running server says that it has its options already
-            picture = figure.to_image(format="png", width=WIDTH, height=figure.layout.height or HEIGHT)
-            if not _browser:
-                import kaleido
-
-                kaleido.start_sync_server(silence_warnings=True)  # one browser for all further pictures
-                _browser["found"] = True
-    except Exception:  # no kaleido, no browser, an old version: each raises something else, and none is an error here
-        _browser["found"] = False
-        return None
-    return picture
 
 
 def _plain(values) -> list:

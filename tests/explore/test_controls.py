@@ -85,6 +85,7 @@ def test_figures_show_on_light_and_dark_pages():
     still = explorer.still()
     assert not isinstance(still, controls.go.FigureWidget)
     assert tuple(still.data[0].y) == (2,)
+    assert still == Doubler().still()  # nothing in it is random
 
 
 def test_words():

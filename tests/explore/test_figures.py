@@ -13,11 +13,12 @@ import torch
 from entropy_lib import VARIANTS, entropy_bands, max_entropy
 
 figures = pytest.importorskip("entropy_lib.explore.figures", exc_type=ImportError)
+static_picture = pytest.importorskip("entropy_lib.explore.static_picture", exc_type=ImportError)
 
 
 @pytest.fixture(autouse=True)
 def _no_browser(monkeypatch):
-    monkeypatch.setitem(figures._browser, "found", False)
+    monkeypatch.setitem(static_picture._browser, "found", False)
 
 
 def history(last, n=20):
@@ -140,7 +141,7 @@ def test_save_shares_plotly_js_and_needs_no_browser(tmp_path):
 
 def test_a_failing_renderer_is_asked_once(tmp_path, monkeypatch):
     asked = []
-    figures._browser.clear()
+    static_picture._browser.clear()
     figure = figures.entropy_heatmap(torch.rand(2, 2), 128)
 
     def to_image(*_, **__):
@@ -159,7 +160,7 @@ def test_show_displays_the_live_figure_with_a_picture_beside_it(monkeypatch):
     monkeypatch.setattr(display, "display", lambda bundle, **options: shown.append((bundle, options)))
     figure = figures.entropy_heatmap(torch.rand(2, 2), 128, "A finding")
     figures.show(figure)
-    monkeypatch.setattr(figures, "_png", lambda figure: b"picture")
+    monkeypatch.setattr(figures, "png", lambda figure: b"picture")
     figures.show(figure)
     (live, _), (both, options) = shown
     assert live["text/plain"] == "Figure: A finding"

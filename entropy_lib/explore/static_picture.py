@@ -1,0 +1,29 @@
+"""The picture of a figure, for readers without a kernel, wherever kaleido finds Chrome or Chromium."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+WIDTH, HEIGHT = 800, 420  # px; wider than a cell of JupyterLab on a small screen, a picture would be cut off
+_browser: dict[str, bool] = {}  # "found": whether pictures can be made, known after the first attempt
+
+
+def png(figure) -> bytes | None:
+    """A plotly figure as PNG, `WIDTH` px wide and as high as it says, else `HEIGHT`; None where there is no browser."""
+    if not _browser.get("found", True):
+        return None
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL + 1)  # logs a trace for what it then ignores
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # kaleido's running server says that it has its options already
+            picture = figure.to_image(format="png", width=WIDTH, height=figure.layout.height or HEIGHT)
+            if not _browser:
+                import kaleido
+
+                kaleido.start_sync_server(silence_warnings=True)  # one browser for all further pictures
+                _browser["found"] = True
+    except Exception:  # no kaleido, no browser, an old version: each raises something else, and none is an error here
+        _browser["found"] = False
+        return None
+    return picture
