@@ -52,7 +52,7 @@ test-colab: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-# Re-execute the committed notebooks in place and renew the README's pictures, ten minutes on two cores. Without a
+# Re-execute the committed notebooks in place and renew the README's pictures, eleven minutes on two cores. Without a
 # browser, notebook 03's download or .venv-private their outputs would lose what these give.
 PICTURES := 00_maps 01_temperature 02_entropy_maps 03_heatmap 04_tiny_layers 05_depth 06_by_query 07_today_prices 08_runs 09_maps
 figures: $(READY) $(PRIVATE)/.ready

@@ -173,13 +173,7 @@ def _figure() -> go.Figure:
     specs = [[{"rowspan": 2}, {}], [None, {}]]
     gaps = {"column_widths": [0.4, 0.6], "horizontal_spacing": 0.15, "vertical_spacing": 0.1}
     figure = make_subplots(2, 2, specs=specs, **gaps)
-    bar = {
-        "title": IN_NATS,
-        "thickness": 10,
-        "outlinewidth": 0,
-        "x": 0.344,
-        "len": 1.04,
-    }
+    bar = {"title": IN_NATS, "thickness": 10, "outlinewidth": 0, "x": 0.344, "len": 1.04}
     hover = "layer %{y}, head %{x}<br>%{z:.3g} nats<extra></extra>"
     figure.add_heatmap(z=[[0]], zmin=0, zmax=1, colorscale="Cividis", colorbar=bar, xgap=2, ygap=2, hovertemplate=hover)
     rim = {"size": 8, "line": {"color": "#000001", "width": 1}}  # white with this rim is seen on every cell
@@ -191,9 +185,8 @@ def _figure() -> go.Figure:
         line = {"color": INK, "width": 1.5}
         figure.add_scatter(mode="lines", line=line, hoverinfo="skip", row=cell, col=2)
         hover = f"layer %{{customdata[0]}}, head %{{customdata[1]}}<br>{words}<extra></extra>"
-        for symbol, color in zip(
-            SYMBOLS, COLORS, strict=True
-        ):  # opaque: a page composes see-through elements one by one
+        for symbol, color in zip(SYMBOLS, COLORS, strict=True):
+            # opaque: a page composes see-through elements one by one
             dots = {"size": 8, "line": {"width": 0}, "symbol": symbol, "color": color}
             figure.add_scatter(mode="markers", marker=dots, hovertemplate=hover, row=cell, col=2)
     where = {"row": 1, "col": 2}

@@ -223,13 +223,7 @@ def _figure(layers: int) -> go.Figure:
     figure.update_xaxes(title_text="training step", title_standoff=2, row=3)
     figure.update_xaxes(title_text="share of heads by quarter of the largest head entropy (%)", range=[0, 100], row=4)
     figure.update_yaxes(tickvals=[0, 1], range=[1.5, -0.5], ticks="", showgrid=False, row=4)
-    bar = {
-        "title": IN_NATS,
-        "thickness": 10,
-        "outlinewidth": 0,
-        "len": 0.36,
-        "y": 0.83,
-    }
+    bar = {"title": IN_NATS, "thickness": 10, "outlinewidth": 0, "len": 0.36, "y": 0.83}
     figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "colorbar": bar}, barmode="stack", bargap=0.3)
     legend = {"orientation": "h", "x": 0, "y": -0.09, "yanchor": "top", "traceorder": "normal"}
     title = "<b>What a run’s final loss hides, its heads show on the way</b>"
