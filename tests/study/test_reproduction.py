@@ -175,6 +175,13 @@ def test_budgets_and_learning_rates_take_their_standard_setting_from_the_tables(
     record(planned("budget", EREG, folder="33M"), tmp_path, 60.0)
     record(planned("learning_rates", "SM", folder="0.0003"), tmp_path, 33.0)
     frame = sweep("budget", tmp_path).dropna(subset="perplexity")
+    record(planned("warmup_33M", "SM+LN+G", folder="0.3"), tmp_path, 40.0)
+    record(planned("warmup_33M", EREG, folder="0.3"), tmp_path, 50.0)
+    record(planned("baselines_66M", "SM+LN+G"), tmp_path, 20.0)
+    record(planned("figures7_8", EREG, folder="gamma0.20"), tmp_path, 30.0)
+    shared = sweep("budget", tmp_path).query("variant == @EREG and seed == 0")
+    shared = shared.set_index(["steps", "warmup_ratio"])["gap"].dropna().to_dict()
+    assert shared == {(500, 0.1): pytest.approx(0.2), (500, 0.3): 0.25, (1000, 0.2): 0.5, (3052, 0.1): pytest.approx(1)}
     gaps = frame[frame["variant"] == EREG].set_index("steps")["gap"].to_dict()
     assert gaps == {500: pytest.approx(0.2), 3052: pytest.approx(1.0)}
     baseline = frame[(frame["variant"] == "SM+LN+G") & (frame["steps"] == 3052)]
