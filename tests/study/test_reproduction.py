@@ -175,13 +175,6 @@ def test_budgets_and_learning_rates_take_their_standard_setting_from_the_tables(
     record(planned("budget", EREG, folder="33M"), tmp_path, 60.0)
     record(planned("learning_rates", "SM", folder="0.0003"), tmp_path, 33.0)
     frame = sweep("budget", tmp_path).dropna(subset="perplexity")
-    record(planned("warmup_33M", "SM+LN+G", folder="0.3"), tmp_path, 40.0)
-    record(planned("warmup_33M", EREG, folder="0.3"), tmp_path, 50.0)
-    record(planned("baselines_66M", "SM+LN+G"), tmp_path, 20.0)
-    record(planned("figures7_8", EREG, folder="gamma0.20"), tmp_path, 30.0)
-    shared = sweep("budget", tmp_path).query("variant == @EREG and seed == 0")
-    shared = shared.set_index(["steps", "warmup_ratio"])["gap"].dropna().to_dict()
-    assert shared == {(500, 0.1): pytest.approx(0.2), (500, 0.3): 0.25, (1000, 0.2): 0.5, (3052, 0.1): pytest.approx(1)}
     gaps = frame[frame["variant"] == EREG].set_index("steps")["gap"].to_dict()
     assert gaps == {500: pytest.approx(0.2), 3052: pytest.approx(1.0)}
     baseline = frame[(frame["variant"] == "SM+LN+G") & (frame["steps"] == 3052)]
@@ -191,6 +184,20 @@ def test_budgets_and_learning_rates_take_their_standard_setting_from_the_tables(
     assert rates.loc[(EREG, 1e-3, 0), "gap"] == pytest.approx(1.0)
     assert ("SM+LN", 1e-3, 0) not in rates.index
     assert np.sort(rates.index.unique("learning_rate")).tolist() == [3e-4, 6e-4, 1e-3]
+
+
+def test_the_budgets_hold_runs_of_other_experiments(tmp_path):
+    for experiment, folder, baseline, regularised in (
+        ("budget", "33M", 50.0, 60.0), ("warmup_33M", "0.3", 40.0, 50.0), ("table3", "table3", 10.0, 15.0),
+    ):  # fmt: skip
+        record(planned(experiment, "SM+LN+G", folder=folder), tmp_path, baseline)
+        record(planned(experiment, EREG, folder=folder), tmp_path, regularised)
+    record(planned("baselines_66M", "SM+LN+G"), tmp_path, 20.0)
+    record(planned("figures7_8", EREG, folder="gamma0.20"), tmp_path, 32.0)
+    record(planned("figures7_8", EREG, folder="gamma0.00"), tmp_path, 99.0)  # of another margin: not one of them
+    frame = sweep("budget", tmp_path).query("variant == @EREG").dropna(subset="gap")
+    gaps = frame.set_index(["steps", "warmup_ratio"])["gap"].round(6).to_dict()
+    assert gaps == {(500, 0.1): 0.2, (500, 0.3): 0.25, (1000, 0.2): 0.6, (3052, 0.1): 0.5}
 
 
 def test_figures_fall_back_to_what_is_on_record(tmp_path):
