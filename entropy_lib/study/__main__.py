@@ -103,7 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def outcome(record: RunRecord) -> str:
-    perplexity = "none" if record.eval_perplexity is None else f"{record.eval_perplexity:.2f}"
+    perplexity = f"{record.eval_perplexity:.2f}" if record.finished else "none"
     speed = f"{record.tokens_per_second:,.0f} tokens/s, {record.tflops:.3g} TFLOP/s on {record.device}"
     return (
         f"{record.name}: {record.status}, perplexity {perplexity}, {record.tokens:,} tokens in "

@@ -42,9 +42,17 @@ def _runs(folder: str, variants: Iterable[str], changes: dict, seeds: Iterable[i
     return tuple(Run(v, Path(folder), s, changes=changes, **run) for v, s in product(variants, seeds))
 
 
-def _sweep(name: str, variants: Iterable[str], changes: dict, settings: dict[str, dict]) -> tuple[Run, ...]:
+def _sweep(name: str, variants: Iterable[str], changes: dict, settings: dict[str, dict], **run) -> tuple[Run, ...]:
     """Every variant under each of `settings` (name: further changes), a folder a setting."""
-    return tuple(run for s, more in settings.items() for run in _runs(f"{name}/{s}", variants, changes | more))
+    return tuple(r for s, more in settings.items() for r in _runs(f"{name}/{s}", variants, changes | more, **run))
+
+
+def _placements(name: str, changes: dict) -> tuple[Run, ...]:
+    return tuple(
+        run
+        for place in NORM_PLACEMENTS
+        for run in _runs(f"{name}/{place}", ["SM+WNorm", "SM+SNorm"], changes, norm_placement=place)
+    )
 
 
 def _ablation() -> dict[str, dict]:
@@ -59,6 +67,7 @@ def _ablation() -> dict[str, dict]:
     return settings
 
 
+_LOWER_RATES = {f"{rate}": {"learning_rate": rate} for rate in (6e-4, 3e-4)}
 _BASELINE = _runs("table3", ["SM+LN+G"], FULL, seeds=(0, 1, 2))
 _T256 = {"context_length": 256, "sequences_per_step": 256, "micro_batch": 256}
 # English has 4.4M training tokens, so few steps: 20M tokens are four and a half passes. λ is 5 times CodeParrot's, as
@@ -114,7 +123,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "lower learning rates for what collapses at 1e-3, and for the final model and its rival, 200M tokens",
             _sweep(
                 "learning_rates", ["SM", "SM+WNorm", "SM+ScFFN", "SM(t)+ScFuFFN", "SM+ScFuFFN", EREG], FULL,
-                {f"{r}": {"learning_rate": r} for r in (6e-4, 3e-4)},
+                _LOWER_RATES,
             ),
         ),
         (
@@ -148,6 +157,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("table7", "T = 256, 66M tokens", _runs("table7", HEADLINE, SHORT | _T256)),
         ("table8", "18 layers, 66M tokens", _runs("table8", HEADLINE, SHORT, size="gpt2-18l")),
         (
+            "table8_learning_rates",
+            "18 layers: lower learning rates for what collapses at 1e-3, 66M tokens",
+            _sweep("table8_learning_rates", ["SM+ScFuFFN", EREG], SHORT, _LOWER_RATES, size="gpt2-18l"),
+        ),
+        (
             "table4",
             "T = 512 on English prose, 20M tokens",
             _runs("table4", HEADLINE, SHORT | _T512 | _LANGUINI, corpus="english"),
@@ -155,11 +169,12 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             "table5",
             "placements of weight and spectral normalisation, 66M tokens",
-            tuple(
-                run
-                for place in NORM_PLACEMENTS
-                for run in _runs(f"table5/{place}", ["SM+WNorm", "SM+SNorm"], SHORT, norm_placement=place)
-            ),
+            _placements("table5", SHORT),
+        ),
+        (
+            "table5_learning_rate",
+            "Table 5 at 6e-4, a rate at which SM too trains, 66M tokens",
+            _placements("table5_learning_rate", SHORT | {"learning_rate": 6e-4}),
         ),
     )
 }  # fmt: skip
@@ -212,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.list or not options.experiments:
         for experiment in EXPERIMENTS.values():
-            print(f"{experiment.name:15} {len(experiment.runs):3} runs  {experiment.description}")
+            print(f"{experiment.name:21} {len(experiment.runs):3} runs  {experiment.description}")
         return 0
     try:
         settings = expand(options)

@@ -40,7 +40,12 @@ TABLES = {  # experiment: key in data/paper_tables.json
 }
 STATES = ("collapsed", "healthy", "overloaded")  # of heads, by `diagnose`
 # Runs of other experiments that are further settings of a sweep: 200M tokens, and the learning rate 1e-3.
-_MORE_SETTINGS = {"budget": ("table3",), "learning_rates": ("table3", "table2", "table6")}
+_MORE_SETTINGS = {
+    "budget": ("table3",),
+    "learning_rates": ("table3", "table2", "table6"),
+    "table5_learning_rate": ("table5",),
+    "table8_learning_rates": ("table8",),
+}
 _OF_COMPARE = {"collapsed": "collapsed_runs", "tokens": "tokens", "perplexity": "ppl", "spread": "spread", "gap": "gap",
                "minutes": "minutes"}  # fmt: skip
 _NOT_A_SETTING = {"micro_batch", "entropy_every", "eval_every", "checkpoint_every", "eval_blocks"}
@@ -182,7 +187,7 @@ def examples(
 def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
     """One row a run of a sweep, its settings as columns: whatever the recipes of the experiment's runs differ in.
 
-    Further columns: variant, seed, status ("not yet run" where there is no record), tokens, perplexity, gap (to the
+    Further columns: variant (with its placement, if any), seed, status ("not yet run" where there is no record), tokens, perplexity, gap (to the
     SM+LN+G runs on record of the same steps, batch, length and warm-up), entropy (mean over heads, nats), heads
     collapsed, healthy and overloaded (`diagnose`), heads, top_band (share of heads in the last band of Figure 2a, as
     in Figure 7), minutes. A collapsed run has no perplexity and keeps its last entropies.
@@ -201,7 +206,7 @@ def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
     for run in planned:
         found = _on_record([run], runs)
         recipe = asdict(_recipe(run)) | (found[0].recipe if found else {})
-        row = {"variant": run.variant, "seed": run.seed} | {name: recipe[name] for name in settings}
+        row = {"variant": _row(run), "seed": run.seed} | {name: recipe[name] for name in settings}
         record = found[0] if found else None
         rows.append(row | (_outcome(record, baselines.get(_budget(run), [])) if record else {"status": MISSING}))
     columns = ["variant", "seed", *settings, "status", "tokens", "perplexity", "gap", "entropy", *STATES, "heads",

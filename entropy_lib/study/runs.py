@@ -79,6 +79,11 @@ class RunRecord:
     def name(self) -> str:
         return f"{self.variant}-seed{self.seed}"
 
+    @property
+    def finished(self) -> bool:
+        """Whether its perplexity is a result: a collapsed run's last weights may give one too, of any size."""
+        return self.status == "finished" and self.eval_perplexity is not None
+
     def entropy_history(self) -> tuple[np.ndarray, np.ndarray]:
         """(steps [N], entropies [N, L, H]) of the recorded training steps."""
         return self.history["step"].to_numpy(), np.array(self.history["entropy"].tolist())
@@ -158,7 +163,7 @@ def compare(records: Iterable[RunRecord], baseline: str = "SM+LN+G") -> pd.DataF
         {
             "variant": record.variant,
             "tokens": record.tokens,
-            "perplexity": record.eval_perplexity if _finished(record) else math.nan,
+            "perplexity": record.eval_perplexity if record.finished else math.nan,
             "collapsed": record.status == "collapsed",
             "minutes": record.minutes,
             **{f"band {i + 1}": share for i, share in enumerate(entropy_bands(record.entropy).tolist())},
@@ -173,7 +178,3 @@ def compare(records: Iterable[RunRecord], baseline: str = "SM+LN+G") -> pd.DataF
     reference = table["perplexity"].get(baseline, math.nan)
     table.insert(4, "gap", table["perplexity"] / reference - 1)
     return table
-
-
-def _finished(record: RunRecord) -> bool:
-    return record.status == "finished" and record.eval_perplexity is not None

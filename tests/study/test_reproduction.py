@@ -200,6 +200,22 @@ def test_the_budgets_hold_runs_of_other_experiments(tmp_path):
     assert gaps == {(500, 0.1): 0.2, (500, 0.3): 0.25, (1000, 0.2): 0.6, (3052, 0.1): 0.5}
 
 
+def test_lower_rates_stand_beside_the_tables_own(tmp_path):
+    record(planned("baselines_66M", "SM+LN+G"), tmp_path, 20.0)
+    record(planned("table5", "SM+SNorm", folder="QK"), tmp_path, None, status="collapsed")
+    record(planned("table5_learning_rate", "SM+SNorm", folder="QK"), tmp_path, 30.0)
+    record(planned("table5_learning_rate", "SM+SNorm", folder="FFN"), tmp_path, 25.0)
+    found = sweep("table5_learning_rate", tmp_path).set_index(["variant", "learning_rate"])
+    assert found.loc[("SM+SNorm, QK", 1e-3), "status"] == "collapsed"
+    assert found.loc[("SM+SNorm, QK", 6e-4), "gap"] == pytest.approx(0.5)
+    assert found.loc[("SM+SNorm, FFN", 6e-4), "gap"] == pytest.approx(0.25)
+    record(planned("table8", "SM+LN+G"), tmp_path, 40.0)
+    record(planned("table8_learning_rates", EREG, folder="0.0003"), tmp_path, 50.0)
+    found = sweep("table8_learning_rates", tmp_path).set_index(["variant", "learning_rate"])
+    assert found.loc[(EREG, 3e-4), "gap"] == pytest.approx(0.25)
+    assert sorted(found.loc[EREG].index) == [3e-4, 6e-4, 1e-3]
+
+
 def test_figures_fall_back_to_what_is_on_record(tmp_path):
     run = replace(planned("table3", "SM+LN+G"), folder=Path("pypi-small"), changes={"steps": 300}, corpus="pypi-small")
     for variant in (EREG, "SM+LN+G"):

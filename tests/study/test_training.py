@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from entropy_lib import EntropyRegularization, build_model, interface
 from entropy_lib.study import runs, training
-from entropy_lib.study.__main__ import main
+from entropy_lib.study.__main__ import main, outcome
 from entropy_lib.study.recipes import Recipe, get_recipe, training_arguments
 from entropy_lib.study.runs import RunRecord, compare, load_runs, read_history
 from entropy_lib.study.trainer import EntropyTrainer, collate_blocks
@@ -305,6 +305,13 @@ def test_record_keeps_what_was_trained(corpus, tmp_path):
         out = record.model(**batch, output_entropies=True)
     assert out.loss.item() == pytest.approx(record.eval_loss, rel=1e-5)
     np.testing.assert_allclose(torch.stack(out.entropies).mean((1, 3)), record.entropy, rtol=1e-4)
+
+
+def test_a_collapsed_run_tells_no_perplexity(corpus):
+    record = train(corpus, recipe=replace(RECIPE, steps=1))
+    assert f"finished, perplexity {record.eval_perplexity:.2f}, " in outcome(record)
+    record.status = "collapsed"  # its last weights still give a validation loss
+    assert "collapsed, perplexity none, " in outcome(record)
 
 
 def test_histories_are_read_at_first_use(corpus, tmp_path, monkeypatch):
