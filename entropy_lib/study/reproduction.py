@@ -214,6 +214,15 @@ def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
     return pd.DataFrame(rows).reindex(columns=columns).sort_values(["variant", *settings, "seed"], ignore_index=True)
 
 
+def outcomes(runs: pd.DataFrame, rows: str | list[str], columns: str, decimals: int = 1) -> pd.DataFrame:
+    """Runs of a `sweep` as a grid of words: the first seed's perplexity, or how it ended, "" where no run is planned."""
+    runs = runs.sort_values("seed").drop_duplicates([rows, columns] if isinstance(rows, str) else [*rows, columns])
+    perplexity = runs["perplexity"]
+    result = perplexity.map(f"{{:.{decimals}f}}".format).where(perplexity.notna(), runs["status"])
+    grid = runs.assign(result=result).pivot(index=rows, columns=columns, values="result").fillna("")
+    return grid.loc[sorted(grid.index, key=_order)] if rows == "variant" else grid
+
+
 def markdown(experiment: str, runs: str | Path = "data/runs") -> str:
     """A table with its heading and the line of `progress`, as Markdown; tokens and minutes are a run's."""
     figures = reproduction(experiment, runs)

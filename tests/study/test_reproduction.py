@@ -17,6 +17,7 @@ from entropy_lib.study.reproduction import (
     gaps,
     main,
     markdown,
+    outcomes,
     printed_perplexities,
     progress,
     readable,
@@ -214,6 +215,18 @@ def test_lower_rates_stand_beside_the_tables_own(tmp_path):
     found = sweep("table8_learning_rates", tmp_path).set_index(["variant", "learning_rate"])
     assert found.loc[(EREG, 3e-4), "gap"] == pytest.approx(0.25)
     assert sorted(found.loc[EREG].index) == [3e-4, 6e-4, 1e-3]
+
+
+def test_outcomes_in_words(tmp_path):
+    record(planned("table3", EREG, seed=1), tmp_path, 99.0)
+    record(planned("table3", EREG), tmp_path, 22.25)
+    record(planned("learning_rates", "SM", folder="0.0003"), tmp_path, None, status="collapsed")
+    grid = outcomes(sweep("learning_rates", tmp_path), "variant", "learning_rate", decimals=2)
+    assert grid.loc[EREG].tolist() == ["not yet run", "not yet run", "22.25"]  # of the first seed
+    assert grid.loc["SM", 3e-4] == "collapsed"
+    assert grid.index[[0, -1]].tolist() == ["SM", EREG]  # in the order of VARIANTS
+    warmup = outcomes(sweep("warmup", tmp_path), ["variant", "seed"], "warmup_ratio")
+    assert warmup.loc[("SM+ScFuFFN", 0), 0.05] == ""  # not planned
 
 
 def test_figures_fall_back_to_what_is_on_record(tmp_path):
