@@ -99,4 +99,4 @@ def layer_entropy_panels(histories: Mapping, context_length: int, title: str) ->
         _mark(figure, "y", 0.75 * ceiling, "overload", ceiling, OVERLOAD, **cell)
         figure.update_xaxes(title_text="training step", range=[0, max(*steps, 1)], **cell)
     figure.update_yaxes(range=[0, ceiling]).update_yaxes(title_text="entropy (nats)", col=1)
-    return _dress(figure, title, 380, extra_top=22)
+    return _dress(figure, title, max(380, 140 + 20 * deepest), extra_top=22)  # a line of the legend takes 20 pixels

@@ -47,12 +47,8 @@ def _sweep(name: str, variants: Iterable[str], changes: dict, settings: dict[str
     return tuple(r for s, more in settings.items() for r in _runs(f"{name}/{s}", variants, changes | more, **run))
 
 
-def _placements(name: str, changes: dict) -> tuple[Run, ...]:
-    return tuple(
-        run
-        for place in NORM_PLACEMENTS
-        for run in _runs(f"{name}/{place}", ["SM+WNorm", "SM+SNorm"], changes, norm_placement=place)
-    )
+def _placements(name: str, variants: Iterable[str], changes: dict, places: Iterable[str]) -> tuple[Run, ...]:
+    return tuple(r for place in places for r in _runs(f"{name}/{place}", variants, changes, norm_placement=place))
 
 
 def _ablation() -> dict[str, dict]:
@@ -169,12 +165,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             "table5",
             "placements of weight and spectral normalisation, 66M tokens",
-            _placements("table5", SHORT),
+            _placements("table5", ["SM+WNorm", "SM+SNorm"], SHORT, NORM_PLACEMENTS),
         ),
         (
             "table5_learning_rate",
-            "Table 5 at 6e-4, a rate at which SM too trains, 66M tokens",
-            _placements("table5_learning_rate", SHORT | {"learning_rate": 6e-4}),
+            "Table 5 at a lower learning rate: SM+WNorm, and SM+SNorm where it collapses at 1e-3, 66M tokens",
+            (
+                *_placements("table5_learning_rate", ["SM+WNorm"], SHORT | _LOWER_RATES["0.0006"], NORM_PLACEMENTS),
+                *_placements("table5_learning_rate", ["SM+SNorm"], SHORT | _LOWER_RATES["0.0006"], ["QK"]),
+            ),
         ),
     )
 }  # fmt: skip

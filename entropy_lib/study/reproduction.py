@@ -187,10 +187,10 @@ def examples(
 def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
     """One row a run of a sweep, its settings as columns: whatever the recipes of the experiment's runs differ in.
 
-    Further columns: variant (with its placement, if any), seed, status ("not yet run" where there is no record), tokens, perplexity, gap (to the
-    SM+LN+G runs on record of the same steps, batch, length and warm-up), entropy (mean over heads, nats), heads
-    collapsed, healthy and overloaded (`diagnose`), heads, top_band (share of heads in the last band of Figure 2a, as
-    in Figure 7), minutes. A collapsed run has no perplexity and keeps its last entropies.
+    Further columns: variant (with its placement, if any), seed, status ("not yet run" where there is no record),
+    tokens, perplexity, gap (to the SM+LN+G runs on record of the same steps, batch, length and warm-up), entropy (mean
+    over heads, nats), heads collapsed, healthy and overloaded (`diagnose`), heads, top_band (share of heads in the last
+    band of Figure 2a, as in Figure 7), minutes. A collapsed run has no perplexity and keeps its last entropies.
     """
     own = _experiment(experiment).runs
     variants = {run.variant for run in own}
@@ -215,7 +215,7 @@ def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
 
 
 def outcomes(runs: pd.DataFrame, rows: str | list[str], columns: str, decimals: int = 1) -> pd.DataFrame:
-    """Runs of a `sweep` as a grid of words: the first seed's perplexity, or how it ended, "" where no run is planned."""
+    """Runs of a `sweep` as a grid of words: the first seed's perplexity, or how it ended; "" where none is planned."""
     runs = runs.sort_values("seed").drop_duplicates([rows, columns] if isinstance(rows, str) else [*rows, columns])
     perplexity = runs["perplexity"]
     result = perplexity.map(f"{{:.{decimals}f}}".format).where(perplexity.notna(), runs["status"])

@@ -205,11 +205,11 @@ def test_lower_rates_stand_beside_the_tables_own(tmp_path):
     record(planned("baselines_66M", "SM+LN+G"), tmp_path, 20.0)
     record(planned("table5", "SM+SNorm", folder="QK"), tmp_path, None, status="collapsed")
     record(planned("table5_learning_rate", "SM+SNorm", folder="QK"), tmp_path, 30.0)
-    record(planned("table5_learning_rate", "SM+SNorm", folder="FFN"), tmp_path, 25.0)
+    record(planned("table5_learning_rate", "SM+WNorm", folder="FFN"), tmp_path, 25.0)
     found = sweep("table5_learning_rate", tmp_path).set_index(["variant", "learning_rate"])
     assert found.loc[("SM+SNorm, QK", 1e-3), "status"] == "collapsed"
     assert found.loc[("SM+SNorm, QK", 6e-4), "gap"] == pytest.approx(0.5)
-    assert found.loc[("SM+SNorm, FFN", 6e-4), "gap"] == pytest.approx(0.25)
+    assert found.loc[("SM+WNorm, FFN", 6e-4), "gap"] == pytest.approx(0.25)
     record(planned("table8", "SM+LN+G"), tmp_path, 40.0)
     record(planned("table8_learning_rates", EREG, folder="0.0003"), tmp_path, 50.0)
     found = sweep("table8_learning_rates", tmp_path).set_index(["variant", "learning_rate"])
