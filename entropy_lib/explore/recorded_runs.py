@@ -140,6 +140,8 @@ class RunExplorer(Explorer):
         layout.coloraxis.cmax = top
         layout.coloraxis.colorbar.update(tickvals=ticks, ticktext=[*map(str, ticks[:-1]), f"{top:.2f}"])
         last = max(int(record.history["step"].iloc[-1]) for record in records)
+        deepest = max(len(record.entropy) for record in records)
+        shades = sample_colorscale("Plasma", [0.1 + 0.7 * layer / max(deepest - 1, 1) for layer in range(deepest)])
         for n, record in enumerate(records):
             layers, heads = np.array(record.entropy).shape
             color = legible(VARIANT_COLORS.get(record.variant, INK))
@@ -151,10 +153,12 @@ class RunExplorer(Explorer):
             for layer, curve in enumerate(data[LAYERS + n :: 2]):  # a shallower run leaves some empty
                 inside = layer < layers
                 curve.update(x=steps if inside else [], y=entropy[:, layer].mean(-1) if inside else [])
+                curve.line.color = shades[min(layer, deepest - 1)]
             data[LOSS + n].update(x=steps, y=record.history["loss"].to_numpy(), name=record.variant)
             data[LOSS + n].line.color = color
         for axis in ("axis3", "axis4", "axis5", "axis6"):
             layout[f"x{axis}"].range = [0, last]
+        layout.annotations[3].text = f"dark: layer 0 · bright: layer {deepest - 1}"
         layout.yaxis7.ticktext = [record.variant for record in records]
 
     def _draw_learned(self, records: list[RunRecord]) -> None:
@@ -199,16 +203,15 @@ def _figure(layers: int) -> go.Figure:
     for n in (0, 1):
         dash = {"line": {"width": 2, "dash": DASHES[n]}}
         figure.add_scatter(**{**line, **dash}, hovertemplate="step %{x}: %{y:.3f}<extra></extra>", row=3, col=2)
-    shades = sample_colorscale("Plasma", [0.1 + 0.7 * layer / max(layers - 1, 1) for layer in range(layers)])
-    for layer, color in enumerate(shades):
-        look = {"mode": "lines", "line": {"width": 1.6, "color": color}, "showlegend": False}
+    for layer in range(layers):
+        look = {"mode": "lines", "line": {"width": 1.6}, "showlegend": False}
         hover = f"layer {layer}, step %{{x}}: %{{y:.3g}} nats<extra></extra>"
         for col in (1, 2):
             figure.add_scatter(**look, hovertemplate=hover, row=2, col=col)
     words = {"text": "", "x": 0.5, "y": 0.5, "xref": "x5 domain", "yref": "y5 domain", "showarrow": False}
     figure.add_annotation(**words)
     notes = {"x": 1, "y": 1, "xanchor": "right", "yanchor": "bottom", "showarrow": False}
-    for axis, text in ((4, f"dark: layer 0 · bright: layer {layers - 1}"), (6, "solid: left run · dashed: right run")):
+    for axis, text in ((4, ""), (6, "solid: left run · dashed: right run")):
         figure.add_annotation(text=text, xref=f"x{axis} domain", yref=f"y{axis} domain", **notes)
     for axis in ("x3", "x4"):  # through the second and the third row
         ends = {"x0": 0, "x1": 0, "y0": figure.layout.yaxis5.domain[0], "y1": figure.layout.yaxis3.domain[1]}

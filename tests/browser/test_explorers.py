@@ -126,7 +126,8 @@ def test_temperature(page):
 
 def test_runs(page, records):
     window = Window(page, "runs")
-    sides = [1, 2]
+    deeper = next(i for i, r in enumerate(records) if (r.size, r.status) == ("gpt2-18l", "finished"))
+    sides = [1, deeper]
     for side, index in zip(("left", "right"), sides, strict=True):
         record = records[index]
         window.choose(side, label(record))
@@ -141,7 +142,9 @@ def test_runs(page, records):
         shares = [bar["x"][n] for bar in traces[2:6]]
         np.testing.assert_allclose(shares, 100 * entropy_bands(np.array(now["entropy"])), rtol=1e-5)
         np.testing.assert_allclose(traces[8 + n]["y"], history["loss"])
-        layers = np.array([trace["y"] for trace in traces[10 + n :: 2]]).T
+        curves = [trace["y"] for trace in traces[10 + n :: 2]]
+        assert [len(curve) > 0 for curve in curves] == [True] * (12, 18)[n] + [False] * (6, 0)[n]
+        layers = np.array([curve for curve in curves if len(curve)]).T
         np.testing.assert_allclose(layers, np.array(history["entropy"].tolist()).mean(-1))
         collapsed = int(diagnose(now["entropy"], records[index].context_length)["collapsed"].sum())
         assert f"step {now['step']}: loss {now['loss']:.3f} · {collapsed} collapsed" in words

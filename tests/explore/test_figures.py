@@ -2,11 +2,13 @@
 
 import builtins
 import importlib
+import io
 import itertools
 import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -152,6 +154,28 @@ def test_a_failing_renderer_is_asked_once(tmp_path, monkeypatch):
     figures.save(figure, tmp_path, "a")
     figures.save(figure, tmp_path, "b")
     assert len(asked) == 1
+
+
+def test_a_palette_shrinks_a_picture_and_keeps_its_colours():
+    image = pytest.importorskip("PIL.Image")
+
+    def written(colors):
+        picture = io.BytesIO()
+        image.fromarray(colors.to(torch.uint8).numpy()).save(picture, "PNG")
+        return picture.getvalue()
+
+    def read(picture):
+        return torch.from_numpy(np.array(image.open(io.BytesIO(picture)).convert("RGB"))).int()
+
+    generator = torch.Generator().manual_seed(0)
+    shades = torch.randint(256, (100, 320), generator=generator)  # a heat map
+    drawn = torch.stack([shades, shades, 200 - shades // 2], -1)
+    drawn[::7, ::3] = torch.tensor([213, 94, 0])
+    small = static_picture.with_palette(written(drawn))
+    assert len(small) < len(written(drawn)) / 1.5
+    assert (read(small) - drawn).abs().max() <= static_picture.COLOR_ERROR
+    noise = written(torch.randint(256, (64, 64, 3), generator=generator))
+    assert static_picture.with_palette(noise) is noise  # no palette of 256 comes near
 
 
 def test_show_displays_the_live_figure_with_a_picture_beside_it(monkeypatch):

@@ -77,6 +77,11 @@ def test_one_run_and_runs_of_other_shapes(records):
     explorer.controls["left"].value = 1
     assert np.shape(explorer.figure.data[runs.HEADS].z) == (12, 12)
     assert len(explorer.figure.data[runs.LAYERS + 2 * 2].x) > 2
+    bright = explorer.figure.data[runs.LAYERS + 2 * 11].line.color
+    assert explorer.figure.layout.annotations[3].text.endswith("bright: layer 11")
+    explorer.controls["left"].value = explorer.controls["right"].value = 0  # the shades span the layers shown
+    assert explorer.figure.data[runs.LAYERS + 2 * 1].line.color == bright
+    assert explorer.figure.layout.annotations[3].text.endswith("bright: layer 1")
 
 
 def test_play_moves_the_step(records):
