@@ -171,8 +171,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             "table5_learning_rate",
             "Table 5 at a lower learning rate: SM+WNorm, and SM+SNorm where it collapses at 1e-3, 66M tokens",
             (
-                *_placements("table5_learning_rate", ["SM+WNorm"], SHORT | _LOWER_RATES["0.0006"], NORM_PLACEMENTS),
-                *_placements("table5_learning_rate", ["SM+SNorm"], SHORT | _LOWER_RATES["0.0006"], ["QK"]),
+                *_placements("table5_learning_rate", ["SM+WNorm"], SHORT | {"learning_rate": 6e-4}, NORM_PLACEMENTS),
+                *_placements("table5_learning_rate", ["SM+SNorm"], SHORT | {"learning_rate": 6e-4}, ["QK"]),
             ),
         ),
     )

@@ -51,7 +51,7 @@ _OF_COMPARE = {"collapsed": "collapsed_runs", "tokens": "tokens", "perplexity": 
 _NOT_A_SETTING = {"micro_batch", "entropy_every", "eval_every", "checkpoint_every", "eval_blocks"}
 
 
-def printed_perplexities(experiment: str, tokens: str = "1.2B") -> dict[str, float]:
+def paper_ppl(experiment: str, tokens: str = "1.2B") -> dict[str, float]:
     """{row: evaluation perplexity} as the paper prints it, NaN where its training ended in NaN (SM in Table 2).
 
     Tables 5 and 6 print no baseline: theirs is Table 2's, of the same corpus and length. `tokens` chooses the column
@@ -85,7 +85,7 @@ def table_runs(experiment: str) -> dict[str, list[Run]]:
     for run in own:
         rows.setdefault(_row(run), []).append(run)
     everywhere = {run.record: run for other in EXPERIMENTS.values() for run in other.runs}.values()  # shared ones once
-    for row in printed_perplexities(experiment):
+    for row in paper_ppl(experiment):
         if row not in rows:
             rows[row] = [run for run in everywhere if _row(run) == row and _settings(run) == _settings(own[0])]
     return dict(sorted(rows.items(), key=lambda item: _order(item[0])))
@@ -102,7 +102,7 @@ def reproduction(experiment: str, runs: str | Path = "data/runs") -> pd.DataFram
     ValueError for an experiment that is no table, a record of another run than the experiment's, mixed corpora, and
     a `runs` that is no folder.
     """
-    printed = printed_perplexities(experiment)
+    printed = paper_ppl(experiment)
     rows, records = {}, []
     for row, planned in table_runs(experiment).items():
         found = _on_record(planned, runs)

@@ -142,10 +142,9 @@ def test_runs(page, records):
         shares = [bar["x"][n] for bar in traces[2:6]]
         np.testing.assert_allclose(shares, 100 * entropy_bands(np.array(now["entropy"])), rtol=1e-5)
         np.testing.assert_allclose(traces[8 + n]["y"], history["loss"])
-        curves = [trace["y"] for trace in traces[10 + n :: 2]]
-        assert [len(curve) > 0 for curve in curves] == [True] * (12, 18)[n] + [False] * (6, 0)[n]
-        layers = np.array([curve for curve in curves if len(curve)]).T
-        np.testing.assert_allclose(layers, np.array(history["entropy"].tolist()).mean(-1))
+        curves, depth = [trace["y"] for trace in traces[10 + n :: 2]], len(records[index].entropy)
+        assert not any(map(len, curves[depth:]))
+        np.testing.assert_allclose(np.transpose(curves[:depth]), np.array(history["entropy"].tolist()).mean(-1))
         collapsed = int(diagnose(now["entropy"], records[index].context_length)["collapsed"].sum())
         assert f"step {now['step']}: loss {now['loss']:.3f} · {collapsed} collapsed" in words
     assert window.layout("shapes.0.x0") == step

@@ -58,3 +58,5 @@ def test_panels_hold_each_run_and_one_legend():
     torch.testing.assert_close(torch.tensor(figure.data[4].y), runs["SM"][1][:, 1].mean(-1), atol=1e-5, rtol=1e-5)
     assert {tuple(axis.range) for axis in (figure.layout.yaxis, figure.layout.yaxis2)} == {(0, math.log(128))}
     assert len({trace.xaxis for trace in figure.data}) == 2
+    deep = figures.layer_entropy_panels({"SM": (range(2), torch.rand(2, 18, 2))}, 128, "layers").layout
+    assert deep.height - deep.margin.t - deep.margin.b >= 18 * 20  # the lines of the legend

@@ -18,7 +18,7 @@ from entropy_lib.study.reproduction import (
     main,
     markdown,
     outcomes,
-    printed_perplexities,
+    paper_ppl,
     progress,
     readable,
     reproduction,
@@ -246,7 +246,7 @@ def test_figures_fall_back_to_what_is_on_record(tmp_path):
 
 @pytest.mark.parametrize("experiment", TABLES)
 def test_every_printed_row_has_runs_and_the_printed_figure(experiment):
-    printed, rows = printed_perplexities(experiment), table_runs(experiment)
+    printed, rows = paper_ppl(experiment), table_runs(experiment)
     assert set(printed) <= set(rows)
     assert all(rows.values())
     figures = json.loads((RECORDS.parent / "paper_tables.json").read_text())[TABLES[experiment]]
@@ -261,12 +261,12 @@ def _numbers(tree):
 
 
 def test_the_printed_special_cases():
-    assert math.isnan(printed_perplexities("table2")["SM"])
-    assert printed_perplexities("table4", "4.8B")["SM+LN+G"] == 21.29
-    assert printed_perplexities("table5")["SM+SNorm, QKVO+FFN"] == 4.34
-    assert printed_perplexities("table6")["SM+ScFFN"] == 3.478
+    assert math.isnan(paper_ppl("table2")["SM"])
+    assert paper_ppl("table4", "4.8B")["SM+LN+G"] == 21.29
+    assert paper_ppl("table5")["SM+SNorm, QKVO+FFN"] == 4.34
+    assert paper_ppl("table6")["SM+ScFFN"] == 3.478
     with pytest.raises(ValueError, match="no table"):
-        printed_perplexities("warmup")
+        paper_ppl("warmup")
     with pytest.raises(ValueError, match="unknown experiment"):
         sweep("warm-up")
 
