@@ -25,9 +25,8 @@ def png(figure) -> bytes | None:
 
                 kaleido.start_sync_server(silence_warnings=True)  # one browser for all further pictures
                 _browser["found"] = True
-    except (
-        Exception
-    ):  # no kaleido, Pillow or browser, an old version: each raises something else, and none is an error here
+    except Exception:
+        # no kaleido, Pillow or browser, an old version: each raises something else, and none is an error here
         _browser["found"] = False
         return None
     return picture
