@@ -76,11 +76,12 @@ def _margin(factor: float) -> tuple[Run, ...]:
     return _runs(f"figures7_8/gamma{factor:.2f}", [EREG], SHORT | {"tolerance_margin_factor": factor})
 
 
+_BUDGETED = ("SM+LN+G", "SM+ScFuFFN", EREG)
 _33M = (
-    *_runs("budget/33M", ["SM+LN+G", EREG], FULL | {"steps": 500}),
-    *_runs("warmup_33M/0.3", ["SM+LN+G", EREG], FULL | {"steps": 500, "warmup_ratio": 0.30}),
+    *_runs("budget/33M", _BUDGETED, FULL | {"steps": 500}),
+    *_runs("warmup_33M/0.3", _BUDGETED, FULL | {"steps": 500, "warmup_ratio": 0.30}),
 )
-_66M = (*_runs("baselines_66M", ["SM+LN+G"], SHORT), *_margin(0.20))
+_66M = (*_runs("baselines_66M", ["SM+LN+G", "SM+ScFuFFN"], SHORT), *_margin(0.20))
 
 EXPERIMENTS: dict[str, Experiment] = {
     name: Experiment(name, description, runs)
@@ -128,6 +129,13 @@ EXPERIMENTS: dict[str, Experiment] = {
             _sweep("ablation", [EREG], SHORT, _ablation()),
         ),
         (
+            "temperature_start",
+            "a temperature that starts at 0.1 (Table 3: 0.01), with and without the penalty, 200M tokens, three seeds",
+            _runs(
+                "temperature_start", ["SM(t)+ScFuFFN", EREG], FULL | {"temperature_init": 0.1}, seeds=(0, 1, 2)
+            ),
+        ),
+        (
             "baselines_66M",
             "what the runs of 66M tokens are held against",
             _runs("baselines_66M", ["SM+LN+G", "SM+ScFuFFN"], SHORT),
@@ -144,12 +152,12 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_33M,
                 *_66M,
                 *_sweep(
-                    "budget", ["SM+LN+G", EREG], FULL,
+                    "budget", _BUDGETED, FULL,
                     {"131M": {"steps": 2000}, "600M": {"steps": 9156, "checkpoint_every": 3000}},
                 ),
             ),
         ),
-        ("warmup_33M", "is the baseline of 33M tokens at its best? 50 steps of warm-up against 150", _33M),
+        ("warmup_33M", "are the runs of 33M tokens at their best? 50 steps of warm-up against 150", _33M),
         ("table7", "T = 256, 66M tokens", _runs("table7", HEADLINE, SHORT | _T256)),
         ("table8", "18 layers, 66M tokens", _runs("table8", HEADLINE, SHORT, size="gpt2-18l")),
         (
@@ -168,11 +176,13 @@ EXPERIMENTS: dict[str, Experiment] = {
             _placements("table5", ["SM+WNorm", "SM+SNorm"], SHORT, NORM_PLACEMENTS),
         ),
         (
-            "table5_learning_rate",
-            "Table 5 at a lower learning rate: SM+WNorm, and SM+SNorm where it collapses at 1e-3, 66M tokens",
-            (
-                *_placements("table5_learning_rate", ["SM+WNorm"], SHORT | {"learning_rate": 6e-4}, NORM_PLACEMENTS),
-                *_placements("table5_learning_rate", ["SM+SNorm"], SHORT | {"learning_rate": 6e-4}, ["QK"]),
+            "table5_learning_rates",
+            "Table 5 at lower learning rates, for the placements that collapse at 1e-3, 66M tokens",
+            tuple(
+                run
+                for rate, change in _LOWER_RATES.items()
+                for variant, places in {"SM+WNorm": NORM_PLACEMENTS, "SM+SNorm": ["QK"]}.items()
+                for run in _placements(f"table5_learning_rates/{rate}", [variant], SHORT | change, places)
             ),
         ),
     )

@@ -43,8 +43,9 @@ STATES = ("collapsed", "healthy", "overloaded")  # of heads, by `diagnose`
 _MORE_SETTINGS = {
     "budget": ("table3",),
     "learning_rates": ("table3", "table2", "table6"),
-    "table5_learning_rate": ("table5",),
+    "table5_learning_rates": ("table5",),
     "table8_learning_rates": ("table8",),
+    "temperature_start": ("table3",),
 }
 _OF_COMPARE = {"collapsed": "collapsed_runs", "tokens": "tokens", "perplexity": "ppl", "spread": "spread", "gap": "gap",
                "minutes": "minutes"}  # fmt: skip

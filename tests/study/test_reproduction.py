@@ -54,7 +54,8 @@ def record(run, root, perplexity, *, status="finished", heads=(1, 2, 1), **chang
 
 def planned(experiment, variant, seed=0, folder=""):
     runs = [r for r in EXPERIMENTS[experiment].runs if (r.variant, r.seed) == (variant, seed)]
-    (run,) = [r for r in runs if folder in r.folder.parts or not folder]
+    tail = Path(folder).parts
+    (run,) = [r for r in runs if not tail or r.folder.parts[-len(tail) :] == tail]
     return run
 
 
@@ -204,12 +205,12 @@ def test_the_budgets_hold_runs_of_other_experiments(tmp_path):
 def test_lower_rates_stand_beside_the_tables_own(tmp_path):
     record(planned("baselines_66M", "SM+LN+G"), tmp_path, 20.0)
     record(planned("table5", "SM+SNorm", folder="QK"), tmp_path, None, status="collapsed")
-    record(planned("table5_learning_rate", "SM+SNorm", folder="QK"), tmp_path, 30.0)
-    record(planned("table5_learning_rate", "SM+WNorm", folder="FFN"), tmp_path, 25.0)
-    found = sweep("table5_learning_rate", tmp_path).set_index(["variant", "learning_rate"])
+    record(planned("table5_learning_rates", "SM+SNorm", folder="0.0006/QK"), tmp_path, 30.0)
+    record(planned("table5_learning_rates", "SM+WNorm", folder="0.0003/FFN"), tmp_path, 25.0)
+    found = sweep("table5_learning_rates", tmp_path).set_index(["variant", "learning_rate"])
     assert found.loc[("SM+SNorm, QK", 1e-3), "status"] == "collapsed"
     assert found.loc[("SM+SNorm, QK", 6e-4), "gap"] == pytest.approx(0.5)
-    assert found.loc[("SM+WNorm, FFN", 6e-4), "gap"] == pytest.approx(0.25)
+    assert found.loc[("SM+WNorm, FFN", 3e-4), "gap"] == pytest.approx(0.25)
     record(planned("table8", "SM+LN+G"), tmp_path, 40.0)
     record(planned("table8_learning_rates", EREG, folder="0.0003"), tmp_path, 50.0)
     found = sweep("table8_learning_rates", tmp_path).set_index(["variant", "learning_rate"])
