@@ -222,3 +222,12 @@ def test_notebook_fails_when_a_formula_of_the_library_is_wrong(tmp_path, file, f
     result = run("01_entropy_math", "--output", tmp_path / "out", runner=tmp_path / "notebooks" / "run.py")
     assert result.returncode == 1
     assert "AssertionError" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["04_nonlinearities", "05_taming_collapse", "06_entropy_guided_attention"])
+def test_a_notebook_of_records_runs_where_there_are_hardly_any(tmp_path, name):
+    runs = tmp_path / "runs"
+    shutil.copytree(ROOT / "data" / "runs" / "pypi-small", runs / "pypi-small")
+    result = run(name, "--output", tmp_path / "out", "-p", "runs", runs, "-p", "live", "False")
+    assert result.returncode == 0, result.stdout
+    assert "not yet run" in (tmp_path / "out" / f"{name}.ipynb").read_text()
