@@ -18,7 +18,13 @@ from transformers.masking_utils import (
 )
 
 from entropy_lib import EntropyRegularization, attention_entropy, entropy_attention, entropy_callback, record_entropy
-from entropy_lib.interface import attend, entropy_attention_forward, entropy_mask, recorders
+from entropy_lib.interface import (
+    attend,
+    attention_on_request_forward,
+    entropy_attention_forward,
+    entropy_mask,
+    recorders,
+)
 
 SIZES = {"vocab_size": 61, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -320,17 +326,19 @@ def test_the_mask_is_compact_only_where_that_is_exact():
     padded = ones.clone()
     padded[1, :2] = False
     common = {"batch_size": 2, "q_length": 6, "kv_length": 6, "attention_mask": ones}
-    assert entropy_mask(**common) is None
-    assert entropy_mask(**{**common, "attention_mask": None}) is None
+    causal, everything_visible = (0, 0, 0, 0), (1, 1, 1, 1)
+    assert entropy_mask(**common).shape == causal
+    assert entropy_mask(**{**common, "attention_mask": None}).shape == causal
     assert torch.equal(entropy_mask(**{**common, "attention_mask": padded}), padded)
     assert torch.equal(entropy_mask(**{**common, "q_length": 2, "q_offset": 4}), ones)
-    assert entropy_mask(**{**common, "q_length": 1, "q_offset": 5}) is None
+    assert entropy_mask(**{**common, "q_length": 1, "q_offset": 5}).shape == causal
     everything = {**common, "mask_function": bidirectional_mask_function, "allow_is_causal_skip": False}
-    assert entropy_mask(**everything, allow_is_bidirectional_skip=True) is None
+    assert entropy_mask(**everything, allow_is_bidirectional_skip=True).shape == everything_visible
     keys = entropy_mask(**{**everything, "attention_mask": padded}, allow_is_bidirectional_skip=True)
     assert torch.equal(keys, padded[:, None, None])
     window = {**common, "mask_function": sliding_window_causal_mask_function(4), "local_size": 4}
-    assert entropy_mask(**{**common, "mask_function": sliding_window_causal_mask_function(9), "local_size": 9}) is None
+    wide = {**common, "mask_function": sliding_window_causal_mask_function(9), "local_size": 9}
+    assert entropy_mask(**wide).shape == causal
     for whole in (
         everything,
         window,
@@ -344,6 +352,32 @@ def test_the_mask_is_compact_only_where_that_is_exact():
         mask = entropy_mask(**whole)
         assert mask.shape == (2, 1, whole["q_length"], whole["kv_length"])
         assert torch.equal(mask, sdpa_mask(**{**whole, "allow_is_causal_skip": False}))
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("is_causal", [True, False, None])
+@pytest.mark.parametrize("function", [causal_mask_function, bidirectional_mask_function])
+def test_what_is_causal_is_said_by_the_mask_and_not_by_the_layer(function, is_causal, padding):
+    layer, keys = nn.Module(), batch(padding)["attention_mask"].bool()
+    if is_causal is not None:
+        layer.is_causal = is_causal
+    query = torch.randn(3, 2, 9, 8)
+    skip = "allow_is_causal_skip" if function is causal_mask_function else "allow_is_bidirectional_skip"
+    common = {"batch_size": 3, "q_length": 9, "kv_length": 9, "mask_function": function, "attention_mask": keys}
+    mask = entropy_mask(**{**common, "allow_is_causal_skip": False, skip: True})
+    whole = sdpa_mask(**common, allow_is_causal_skip=False)
+    assert mask.numel() < whole.numel()
+    expected = entropy_attention(query, query, query, causal=False, mask=whole)
+    for found in (
+        attend(layer, query, query, query, mask),
+        attend(layer, query, query, query, mask, is_causal=is_causal),
+        attend(layer, query, query, query, mask, dropout=1e-9),
+    ):
+        torch.testing.assert_close(found[1], expected[1])
+    rows = keys[:, :, None, None].expand(3, 9, 2, 8)
+    on_request = attention_on_request_forward(layer, query, query, query, mask)[0]
+    for output in (found[0], on_request, attend(layer, query, query, query, mask)[0]):
+        torch.testing.assert_close(output[rows], expected[0].transpose(1, 2)[rows], **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
