@@ -7,6 +7,7 @@ Half-precision inputs are computed in float32, float64 stays float64.
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,12 @@ def at_least_float32(x: Tensor) -> Tensor:
     if not torch.is_floating_point(x):
         raise ValueError(f"expected a floating-point tensor, got {x.dtype}")
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """Operations inside keep the precision of their inputs on the device of x."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def row_sum_error(attention: Tensor) -> Tensor:
@@ -73,8 +80,9 @@ def attention_entropy(attention: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def entropy_with_eps(attention: Tensor, eps: float) -> Tensor:
-    """-sum_j a_j log(a_j + eps), NaN weights as 0: the published code's formula, on any weights."""
-    weights = attention.masked_fill(attention.isnan(), 0.0)  # before the product, so that gradients are finite too
+    """-sum_j a_j log(a_j + eps), terms that are NaN as 0: the published code's formula, on any weights."""
+    # before the product, so that gradients are finite too
+    weights = attention.masked_fill(~(attention + eps > 0), 0.0)
     return -(weights * torch.log(weights + eps)).sum(-1)
 
 
@@ -120,9 +128,13 @@ def max_entropy(
     return visible.clamp(min=1).log().to(dtype or torch.get_default_dtype())
 
 
+# An entropy may be off by as much, relative to its ceiling, as the rows that `check_attention_rows` lets through.
+_ENTROPY_TOLERANCE = max(ROW_SUM_TOLERANCE.values())
+
+
 def _head_entropies(entropy: Tensor) -> Tensor:
     entropy = torch.as_tensor(entropy, dtype=torch.float64)
-    if entropy.numel() == 0 or not torch.isfinite(entropy).all() or (entropy < -1e-6).any():
+    if entropy.numel() == 0 or not torch.isfinite(entropy).all() or (entropy < -_ENTROPY_TOLERANCE).any():
         raise ValueError(
             f"expected finite, non-negative head entropies [layers, heads] in nats, got shape "
             f"{tuple(entropy.shape)} with values {entropy.flatten()[:4].tolist()}..."
@@ -156,7 +168,7 @@ def diagnose(entropy: Tensor, context_length: int) -> dict[str, Tensor]:
     fraction = _head_entropies(entropy) / math.log(context_length)
     if fraction.dim() != 2:
         raise ValueError(f"expected head entropies of shape [layers, heads], got {tuple(fraction.shape)}")
-    if fraction.max() > 1 + 1e-6:
+    if fraction.max() > 1 + _ENTROPY_TOLERANCE:
         raise ValueError(f"an entropy exceeds log({context_length}) = {math.log(context_length):.4g} nats")
     collapsed, overloaded = fraction < 0.25, fraction >= 0.75
     states = {"collapsed": collapsed, "healthy": ~collapsed & ~overloaded, "overloaded": overloaded}

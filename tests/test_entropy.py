@@ -11,7 +11,7 @@ from scipy.special import entr
 from scipy.special import softmax as scipy_softmax
 
 from entropy_lib import attention_entropy, diagnose, entropy_bands, entropy_from_logits, max_entropy
-from entropy_lib.entropy import row_sum_error
+from entropy_lib.entropy import ROW_SUM_TOLERANCE, row_sum_error
 
 SHAPES = st.lists(st.integers(1, 4), min_size=0, max_size=2)
 
@@ -250,6 +250,20 @@ def test_entropy_bands_by_brute_force(entropy, unit):
         counts[min(3, 4 * value // largest) if largest else 0] += 1
     bands = entropy_bands(torch.tensor([entropy], dtype=torch.float64) * unit)
     assert bands.tolist() == pytest.approx([count / len(entropy) for count in counts])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("keys", [2, 3, 7, 100, 129, 1000])
+def test_whatever_rows_are_let_through_can_be_diagnosed(dtype, keys):
+    uniform = torch.full((1, 2, 1, keys), 1 / keys).to(dtype)
+    off = ROW_SUM_TOLERANCE[dtype] * 0.9
+    one_hot = torch.eye(keys)[:1].expand(1, 2, 1, keys).to(dtype)
+    slack = torch.finfo(dtype).eps
+    for attention, state in ((uniform, "overloaded"), (one_hot, "collapsed")):
+        for factor in (1 - off + slack, 1.0, 1 + off - slack):
+            entropy = attention_entropy((attention.double() * factor).to(dtype)).mean(dim=(0, 2))[None]
+            assert diagnose(entropy, keys)[state].tolist() == [2]
+            assert entropy_bands(entropy).sum() == 1
 
 
 def test_diagnose_by_hand():

@@ -90,6 +90,23 @@ def test_spectral_norm_value_and_gradient_are_the_svds(shape):
     torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("precision", ["autocast", "weights"])
+def test_half_precision_does_not_shift_the_largest_singular_value(precision):
+    weight = torch.randn(96, 384) * 0.02
+    largest = torch.linalg.svdvals(weight)[0]
+    norm = SpectralNorm(weight, slice(0, 384))
+    if precision == "weights":
+        norm, weight = norm.bfloat16(), weight.bfloat16()
+        largest = torch.linalg.svdvals(weight.float())[0]
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        norm.power_iteration(weight, steps=300)
+        normalized = norm(weight)
+    assert normalized.dtype == weight.dtype
+    error = (normalized.float() * largest - weight.float()).norm() / weight.float().norm()
+    assert error < (1e-4 if precision == "autocast" else 3e-3)  # bfloat16 weights are rounded one by one
+    assert torch.linalg.svdvals(normalized.float())[0].item() == pytest.approx(1, abs=3e-4)
+
+
 def test_spectral_norm_iterates_in_training_only(tiny_model):
     model = tiny_model("SM+SNorm")
     norm = model.transformer.h[0].mlp.c_fc.parametrizations.weight[0]
