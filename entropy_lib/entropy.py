@@ -128,6 +128,15 @@ def max_entropy(
     return visible.clamp(min=1).log().to(dtype or torch.get_default_dtype())
 
 
+def head_means(entropy: Tensor, query_mask: Tensor | None = None) -> Tensor:
+    """Mean over batch and real queries, without gradients: [B, H, T], boolean [B or 1, T] or None -> [H]."""
+    entropy = entropy.detach()
+    if query_mask is None:
+        return entropy.mean(dim=(0, 2))
+    real = query_mask.expand(entropy.shape[0], -1)[:, None]
+    return entropy.masked_fill(~real, 0).sum(dim=(0, 2)) / real.sum().clamp(min=1)
+
+
 # An entropy may be off by as much, relative to its ceiling, as the rows that `check_attention_rows` lets through.
 _ENTROPY_TOLERANCE = max(ROW_SUM_TOLERANCE.values())
 

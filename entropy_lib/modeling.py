@@ -294,6 +294,15 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
             entropies=body.get("entropies"),
         )
 
+    def generate(self, *args, output_entropies: bool | None = None, **kwargs):
+        """As GenerationMixin.generate, which passes on no entropies: ValueError where they are asked for."""
+        if output_entropies:
+            raise ValueError(
+                "generate returns no entropies: `with record_entropy(model) as recorder: model.generate(...)` keeps "
+                "them in recorder.passes, one list a forward pass: the prompt's, then one a new token"
+            )
+        return super().generate(*args, **kwargs)
+
     def entropy_thresholds(self) -> Tensor | None:
         """θ, [L, H], with gradients; None if the variant is not regularised."""
         return self._stack_layers(lambda block: getattr(block.attn, "reg_threshold_weights", None))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
+from entropy_lib.entropy import head_means
 from entropy_lib.interface import recorders
 from entropy_lib.regularization import check_logger, send_metrics
 
@@ -110,7 +111,7 @@ class EntropyRecorder:
             raise ValueError("nothing recorded yet: call the model inside `with record_entropy(model)`")
         means = self.entropies
         if not self.mean:
-            means = [_head_mean(*layer) for layer in zip(self.entropies, self.query_masks, strict=True)]
+            means = [head_means(*layer) for layer in zip(self.entropies, self.query_masks, strict=True)]
         return torch.stack(means) if len({len(heads) for heads in means}) == 1 else list(means)
 
     # -- what attention layers ask and tell, see `interface` --------------------------------------------------------
@@ -141,7 +142,7 @@ class EntropyRecorder:
                     "of weights a query; record the other layers with record_entropy(model, layers=[...])"
                 )
         queries = _real_queries(entropy, mask, causal, call is not None and call.cross, recorded.frames)
-        recorded.entropies.append(_head_mean(entropy, queries) if self.mean else entropy)
+        recorded.entropies.append(head_means(entropy, queries) if self.mean else entropy)
         recorded.query_masks.append(queries)
         recorded.layers.append(self._names.get(layer, type(layer).__name__))
         if self.with_max_logits:
@@ -311,15 +312,6 @@ def _padding(frames: list[tuple[nn.Module, dict]], batch: int, query_len: int) -
         if given is None:
             return None
     return None
-
-
-def _head_mean(entropy: Tensor, queries: Tensor | None) -> Tensor:
-    """[B, H, T], real queries [B or 1, T] -> [H]."""
-    entropy = entropy.detach()
-    if queries is None:
-        return entropy.mean(dim=(0, 2))
-    real = queries.expand(entropy.shape[0], -1)[:, None]
-    return entropy.masked_fill(~real, 0).sum(dim=(0, 2)) / real.sum().clamp(min=1)
 
 
 @cache

@@ -434,6 +434,20 @@ def test_the_project_s_own_model(tiny_model, variant, padding):
     assert len(recorder.passes) == 2
 
 
+def test_generate_of_the_project_s_own_model_says_where_entropies_are(tiny_model):
+    model, ids = tiny_model("SM+LN+G"), batch("none")["input_ids"]
+    options = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    with pytest.raises(ValueError, match=r"recorder\.passes"):
+        model.generate(ids, output_entropies=True, **options)
+    with record_entropy(model) as recorder:
+        text = model.generate(ids, output_entropies=False, **options)
+    assert [passed[0].shape[2] for passed in recorder.passes] == [9, 1, 1]
+    with torch.no_grad():
+        whole = model(text[:, :-1], output_entropies=True).entropies
+    for layer, entropy in enumerate(whole):
+        torch.testing.assert_close(torch.cat([passed[layer] for passed in recorder.passes], dim=2), entropy, **CLOSE)
+
+
 class Writer:
     def __init__(self):
         self.seen = []

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import RandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
+from entropy_lib.entropy import head_means
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.study.runs import read_history, write_history
 
@@ -54,7 +55,8 @@ def collate_blocks(blocks: Sequence[dict] | np.ndarray) -> dict[str, Tensor]:
 class EntropyTrainer(Trainer):
     """transformers' Trainer for `EntropyGPT2LMHeadModel`: cross-entropy + λ·penalty, entropies on record.
 
-    The penalty is applied if the model has thresholds (an EReg variant). With reduction="mean" it is the mean over
+    The penalty is applied if the model has thresholds (an EReg variant), to real queries only where a batch has an
+    `attention_mask`. With reduction="mean" it is the mean over
     all micro-batches and processes of a step, with "sum" the sum, so that splitting a batch changes nothing (with
     per="head" the head means are those of a micro-batch). A step whose gradient is not finite is skipped and
     counted; `max_skipped_in_a_row` of them end training with `collapsed` set (on a GPU one step later).
@@ -105,16 +107,18 @@ class EntropyTrainer(Trainer):
             return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
+        padding = inputs.get("attention_mask")
+        real = None if padding is None else padding.bool()
         if not training:
             self._add_eval_entropy(outputs.entropies)
             return (loss, outputs) if return_outputs else loss
         # The Trainer's loss is this micro-batch's share of the step's mean, times the number of processes.
         self._cross_entropy = self._cross_entropy + loss.detach() / self.accelerator.num_processes
         if self._recording():
-            entropies = outputs.entropies or self._entropies_without_graph(inputs["input_ids"])
-            self._entropies.append(torch.stack([e.detach().mean(dim=(0, 2)) for e in entropies]))
+            entropies = outputs.entropies or self._entropies_without_graph(inputs["input_ids"], padding)
+            self._entropies.append(torch.stack([head_means(e, real) for e in entropies]))
         if self.regularization is not None:
-            penalty = self.regularization(outputs.entropies, self.model.entropy_thresholds())
+            penalty = self.regularization(outputs.entropies, self.model.entropy_thresholds(), real)
             # Micro-batches add up, processes are averaged: a mean wants the first undone, a sum the second.
             if self.regularization.reduction == "mean" or self.regularization.per == "head":
                 penalty = penalty / self.current_gradient_accumulation_steps
@@ -126,14 +130,16 @@ class EntropyTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _entropies_without_graph(self, input_ids: Tensor) -> tuple[Tensor, ...]:
+    def _entropies_without_graph(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, ...]:
         """[B, H, T] a layer, from the model that torch.compile did not see, after the training forward pass.
 
         In eval mode, so that spectral norms do not take a second power iteration; dropout is 0 in both modes.
         """
         self.model.eval()
         try:
-            return self.model(input_ids=input_ids, output_entropies=True, logits_to_keep=1).entropies
+            return self.model(
+                input_ids=input_ids, attention_mask=attention_mask, output_entropies=True, logits_to_keep=1
+            ).entropies
         finally:
             self.model.train()
 

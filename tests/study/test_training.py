@@ -89,6 +89,37 @@ def test_a_step_is_cross_entropy_plus_penalty(corpus, tmp_path, reduction):
     np.testing.assert_allclose(row["entropy"], entropies.mean((1, 3)).detach(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_padding_pays_nothing_in_training(corpus, tmp_path, reduction):
+    """One step on a padded batch has the penalty and the entropies of its sequences one by one."""
+    model = build_model(EREG, vocab_size=VOCAB, n_positions=LENGTH, temperature_init=0.5, threshold_init=0.9, **MODEL)
+    reference, lengths = copy.deepcopy(model), [16, 5, 9, 12, 16, 7, 3, 10]
+    drawn = []
+
+    def collate(blocks):
+        batch = collate_blocks(blocks)
+        mask = torch.arange(LENGTH)[None] < torch.tensor(lengths)[:, None]
+        batch = {"input_ids": batch["input_ids"], "labels": batch["labels"].masked_fill(~mask, -100)}
+        drawn.append(batch["input_ids"])
+        return {**batch, "attention_mask": mask.long()}
+
+    recipe = replace(RECIPE, steps=1, reduction=reduction)
+    trainer = EntropyTrainer(
+        model=model, args=training_arguments(recipe, tmp_path, seed=0, eval_strategy="no"), data_collator=collate,
+        train_dataset=corpus[0]["train"], regularization=recipe.regularization(), entropy_every=1,
+    )  # fmt: skip
+    trainer.train()
+    penalty, entropy = 0.0, 0.0
+    for ids, n in zip(drawn[0], lengths, strict=True):
+        out = reference(ids[None, :n], output_entropies=True)
+        share = n / sum(lengths) if reduction == "mean" else 1
+        penalty += share * recipe.regularization()(out.entropies, reference.entropy_thresholds()).item()
+        entropy += torch.stack(out.entropies)[:, 0].sum(-1).detach() / sum(lengths)
+    assert penalty > 0
+    assert trainer.history[0]["penalty"] == pytest.approx(penalty, rel=1e-4)
+    np.testing.assert_allclose(trainer.history[0]["entropy"], entropy, rtol=1e-4)
+
+
 @pytest.mark.parametrize(("reduction", "coefficient"), [("mean", 0.1), ("sum", 1e-3)])
 def test_micro_batches_change_nothing(corpus, reduction, coefficient):
     recipe = replace(RECIPE, reduction=reduction, loss_coeff=coefficient)
