@@ -24,7 +24,8 @@ class EntropyRegularization(nn.Module):
     Args:
         loss_coeff: λ >= 0.
         tolerance_margin_factor: γ >= 0, the half-width of the band as a fraction of E_max.
-        context_size: T in E_max = log T. None takes the number of keys (`compute_loss`) or queries (`forward`).
+        context_size: T in E_max = log T. None takes the number of keys (`compute_loss`) or of queries (`forward`; of
+            each sequence's real ones, if told which).
         reduction: over batch and queries, "sum" (published code; λ then scales with batch × T) or "mean".
         per: "query" penalises every query position (published code), "head" the mean entropy of each head
             over batch and queries (Algorithm 1: one number a head, so `reduction` makes no difference).
@@ -66,17 +67,25 @@ class EntropyRegularization(nn.Module):
             f"ceiling={self.ceiling!r}"
         )
 
-    def forward(self, entropies: Sequence[Tensor], thresholds: Tensor) -> Tensor:
+    def forward(
+        self,
+        entropies: Sequence[Tensor],
+        thresholds: Tensor,
+        query_mask: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
         """Regularisation loss from per-row entropies, a scalar.
 
         Args:
             entropies: one [batch, heads, queries] tensor a layer, nats.
             thresholds: θ, [layers, heads], or [heads] for all layers.
+            query_mask: True at real queries, boolean [batch, queries], or one a layer (`EntropyRecorder.query_masks`);
+                None where all are real. Padding pays nothing: sums and means are over real queries, and a sequence
+                has the ceiling that it has alone (log of its real keys where that depends on the length).
         """
         _check_layers(entropies, "entropies", 3, "[batch, heads, queries]")
         key_lens = [entropy.shape[-1] for entropy in entropies]
         log_context = [math.log(self.context_size or key_len) for key_len in key_lens]
-        return self._loss(entropies, thresholds, key_lens, log_context)
+        return self._loss(entropies, thresholds, key_lens, log_context, _query_masks(query_mask, entropies))
 
     def compute_loss(
         self, attentions: Sequence[Tensor], reg_threshold_weights: Tensor | Sequence, num_heads: int, num_layers: int
@@ -142,28 +151,45 @@ class EntropyRegularization(nn.Module):
         return metrics
 
     def _loss(
-        self, entropies: Sequence[Tensor], thresholds: Tensor | Sequence, key_lens: list[int], log_context: list[float]
+        self,
+        entropies: Sequence[Tensor],
+        thresholds: Tensor | Sequence,
+        key_lens: list[int],
+        log_context: list[float],
+        query_masks: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         thresholds = _as_thresholds(thresholds, len(entropies), entropies[0])
-        layers = zip(entropies, thresholds, key_lens, log_context, strict=True)
+        query_masks = query_masks or [None] * len(entropies)
+        layers = zip(entropies, thresholds, key_lens, log_context, query_masks, strict=True)
         return self.loss_coeff * torch.stack([self._layer_penalty(*layer) for layer in layers]).mean()
 
-    def _layer_penalty(self, entropy: Tensor, threshold: Tensor, key_len: int, log_context: float) -> Tensor:
-        """Mean over heads of the penalty: entropy [B, H, T_q], threshold [H] -> scalar."""
+    def _layer_penalty(
+        self, entropy: Tensor, threshold: Tensor, key_len: int, log_context: float, real: Tensor | None
+    ) -> Tensor:
+        """Mean over heads of the penalty: entropy [B, H, T_q], threshold [H], real queries [B, T_q] -> scalar."""
         entropy = at_least_float32(entropy)
-        query_len = entropy.shape[-1]
-        if self.ceiling == "causal":
-            ceiling = max_entropy(query_len, key_len, causal=True, dtype=entropy.dtype)  # [T_q]
-            ceiling = ceiling.to(entropy.device, non_blocking=True)  # a wait for the GPU, in every layer, otherwise
-        else:
-            ceiling = entropy.new_full((query_len,), log_context)
+        ceiling = self._ceiling(entropy, key_len, log_context, real)
+        real = None if real is None else real[:, None]
         if self.per == "head":
-            entropy, ceiling = entropy.mean(dim=(0, 2), keepdim=True), ceiling.mean(dim=-1, keepdim=True)
+            entropy, ceiling, real = _mean(entropy, real, keepdim=True), _mean(ceiling, real, keepdim=True), None
         deviation = entropy - threshold[:, None] * ceiling  # [B, H, T_q]
         outside = deviation.abs() > self.tolerance_margin_factor * ceiling
+        if real is not None:
+            outside = outside & real
         penalty = torch.where(outside, deviation, torch.zeros_like(deviation)).square()
-        per_head = penalty.sum(dim=(0, 2)) if self.reduction == "sum" else penalty.mean(dim=(0, 2))
+        per_head = penalty.sum(dim=(0, 2)) if self.reduction == "sum" else _mean(penalty, real)
         return per_head.mean()
+
+    def _ceiling(self, entropy: Tensor, key_len: int, log_context: float, real: Tensor | None) -> Tensor:
+        """E_max of every row, [T_q], or [B, 1, T_q] where padding makes it differ by sequence."""
+        query_len = entropy.shape[-1]
+        if real is not None and (self.ceiling == "causal" or self.context_size is None):
+            seen = real.cumsum(-1) if self.ceiling == "causal" else real.sum(-1, keepdim=True).expand_as(real)
+            return seen.clamp(min=1).to(entropy.dtype).log()[:, None]
+        if self.ceiling == "causal":
+            ceiling = max_entropy(query_len, key_len, causal=True, dtype=entropy.dtype)  # [T_q]
+            return ceiling.to(entropy.device, non_blocking=True)  # a wait for the GPU, in every layer, otherwise
+        return entropy.new_full((query_len,), log_context)
 
 
 def _check_layers(layers: Sequence[Tensor], name: str, dim: int, shape: str) -> None:
@@ -175,6 +201,37 @@ def _check_layers(layers: Sequence[Tensor], name: str, dim: int, shape: str) -> 
             raise ValueError(f"{name}[{index}] must be a tensor {shape}, got {seen}")
         if layer.shape[1] != layers[0].shape[1]:
             raise ValueError(f"{name}[{index}] has {layer.shape[1]} heads, {name}[0] has {layers[0].shape[1]}")
+
+
+def _mean(x: Tensor, real: Tensor | None, keepdim: bool = False) -> Tensor:
+    """Mean of [B, H, T], or of something that broadcasts to it, over batch and real queries [B, 1, T]."""
+    if real is None:
+        return x.mean(dim=(0, 2), keepdim=keepdim) if x.dim() == 3 else x.mean(dim=-1, keepdim=keepdim)
+    return torch.where(real, x, 0).sum(dim=(0, 2), keepdim=keepdim) / real.sum().clamp(min=1)
+
+
+def _query_masks(
+    query_mask: Tensor | Sequence[Tensor | None] | None, entropies: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """One boolean [batch, queries] mask a layer, on the device of its entropies, or None."""
+    masks = [query_mask] * len(entropies) if query_mask is None or isinstance(query_mask, Tensor) else list(query_mask)
+    if len(masks) != len(entropies):
+        raise ValueError(f"query_mask has {len(masks)} masks for {len(entropies)} layers: pass one, or one a layer")
+    for index, (mask, entropy) in enumerate(zip(masks, entropies, strict=True)):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"query_mask must be boolean, True at real queries, got {mask.dtype}: attention_mask.bool()"
+            )
+        batch, _, queries = entropy.shape
+        if tuple(mask.shape) not in ((batch, queries), (1, queries)):
+            raise ValueError(
+                f"query_mask must have shape [{batch}, {queries}] (batch and queries) in layer {index}, "
+                f"got {list(mask.shape)}"
+            )
+        masks[index] = mask.to(entropy.device).expand(batch, queries)
+    return masks
 
 
 def _as_thresholds(thresholds: Tensor | Sequence, num_layers: int, entropy: Tensor) -> Tensor:

@@ -158,6 +158,74 @@ def test_sum_is_batch_times_queries_times_mean(ceiling):
     assert head[0](entropies, thresholds) == head[1](entropies, thresholds) > 0
 
 
+def padded(lengths, side, layers=2, heads=3, queries=9):
+    """(entropies of one batch with nonsense at padding, its query mask, the same sequences one by one)."""
+    alone = [[attention_entropy(a) for a in random_attention(layers, 1, heads, n)] for n in lengths]
+    real = torch.zeros(len(lengths), queries, dtype=torch.bool)
+    batch = [torch.full((len(lengths), heads, queries), math.nan, dtype=torch.float64) for _ in range(layers)]
+    for row, n in enumerate(lengths):
+        place = slice(queries - n, queries) if side == "left" else slice(0, n)
+        real[row, place] = True
+        for layer in range(layers):
+            batch[layer][row, :, place] = alone[row][layer].detach()[0]
+    return [entropy.requires_grad_() for entropy in batch], real, alone
+
+
+@pytest.mark.parametrize("context_size", [None, 16])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("ceiling", ["context", "causal"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_a_padded_batch_pays_what_its_sequences_pay_alone(reduction, ceiling, side, context_size):
+    lengths = (9, 1, 4, 6)
+    batch, real, alone = padded(lengths, side)
+    theta = torch.tensor([0.1, 0.5, 0.95], dtype=torch.float64, requires_grad=True)
+    regularizer = EntropyRegularization(1.0, 0.05, context_size, reduction=reduction, ceiling=ceiling)
+    weights = [1.0] * len(lengths) if reduction == "sum" else [n / sum(lengths) for n in lengths]
+    expected = sum(w * regularizer(entropies, theta) for w, entropies in zip(weights, alone, strict=True))
+    loss = regularizer(batch, theta, real)
+    assert expected > 0
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(regularizer(batch, theta, [real, real.clone()]), loss)
+    wanted = torch.autograd.grad(expected, theta)[0]
+    grads = torch.autograd.grad(loss, [theta, *batch])
+    torch.testing.assert_close(grads[0], wanted, rtol=1e-12, atol=1e-14)
+    for grad in grads[1:]:
+        assert (grad.transpose(1, 2)[~real] == 0).all()
+        assert grad.transpose(1, 2)[real].abs().sum() > 0
+
+
+@pytest.mark.parametrize("context_size", [None, 16])
+@pytest.mark.parametrize("ceiling", ["context", "causal"])
+def test_head_means_are_over_real_queries(ceiling, context_size):
+    lengths = (5, 2, 7)
+    batch, real, alone = padded(lengths, "left", layers=1)
+    theta, queries = torch.tensor([0.0, 0.5, 0.95], dtype=torch.float64), sum(lengths)
+    tops = [math.log(context_size or n) if ceiling == "context" else math.log(i + 1) for n in lengths for i in range(n)]
+    means = sum(entropies[0].sum(-1)[0] for entropies in alone) / queries  # [H]
+    deviation = means - theta * sum(tops) / queries
+    expected = deviation.square().mean()
+    for reduction in ("sum", "mean"):
+        regularizer = EntropyRegularization(1.0, 0.0, context_size, reduction=reduction, per="head", ceiling=ceiling)
+        torch.testing.assert_close(regularizer(batch, theta, real), expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize(("reduction", "per", "ceiling"), CHOICES)
+def test_masks_that_hide_nothing_or_all(reduction, per, ceiling):
+    entropies = [attention_entropy(a) for a in random_attention(batch=3, queries=5)]
+    theta = torch.tensor([0.2, 0.9])
+    regularizer = EntropyRegularization(1.0, 0.05, reduction=reduction, per=per, ceiling=ceiling)
+    plain, ones = regularizer(entropies, theta), torch.ones(3, 5, dtype=torch.bool)
+    assert plain > 0
+    for mask in (ones, ones[:1], [None, ones], [None, None]):
+        torch.testing.assert_close(regularizer(entropies, theta, mask), plain)
+    assert regularizer(entropies, theta, ~ones) == 0
+    one_layer = regularizer(entropies[1:], theta)  # nothing of the first layer is real
+    torch.testing.assert_close(regularizer(entropies, theta, [~ones, None]), one_layer / 2)
+    for wrong, message in ((ones.long(), "boolean"), (ones[:, :4], r"\[3, 5\]"), ([ones], "1 masks for 2 layers")):
+        with pytest.raises(ValueError, match=message):
+            regularizer(entropies, theta, wrong)
+
+
 @pytest.mark.parametrize("side", [1, -1])
 def test_penalty_jumps_at_the_edge_of_the_band(side):
     top, margin = math.log(16), 0.25 * math.log(16)

@@ -25,7 +25,7 @@ def add_recipe_options(parser: argparse.ArgumentParser) -> None:
     """Every field of `Recipe` as an option, None if not given."""
     changes = parser.add_argument_group("change the recipe")
     for entry in fields(Recipe):
-        kind = type(entry.default)
+        kind = int if entry.default is None else type(entry.default)
         option = "--" + entry.name.replace("_", "-")
         if kind is bool:
             changes.add_argument(option, action=argparse.BooleanOptionalAction, default=None)

@@ -157,6 +157,18 @@ EXPERIMENTS: dict[str, Experiment] = {
                 ),
             ),
         ),
+        (
+            "noise",
+            "how far single runs of 66M tokens spread: by initialisation, by order, with a warm-up that starts at 1/W",
+            (
+                *_runs("noise/order0", ["SM+LN+G", EREG], SHORT | {"data_seed": 0}, seeds=range(6)),
+                *_sweep("noise", ["SM+LN+G", EREG], SHORT, {f"order{k}": {"data_seed": k} for k in range(1, 6)}),
+                *_runs(
+                    "noise/warmup_from_one_step", ["SM+LN+G", EREG],
+                    SHORT | {"data_seed": 0, "warmup_from_zero": False}, seeds=range(3),
+                ),
+            ),
+        ),
         ("warmup_33M", "are the runs of 33M tokens at their best? 50 steps of warm-up against 150", _33M),
         ("table7", "T = 256, 66M tokens", _runs("table7", HEADLINE, SHORT | _T256)),
         ("table8", "18 layers, 66M tokens", _runs("table8", HEADLINE, SHORT, size="gpt2-18l")),

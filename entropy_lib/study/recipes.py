@@ -22,6 +22,9 @@ class Recipe:
         micro_batch: sequences in one forward pass of one process; any divisor of sequences_per_step gives the same
             results up to rounding. 512 of GPT-2 small take up to 31 GiB of GPU memory: choose 128 or 64 for less.
         warmup_ratio: share of the steps with a rising learning rate, before its linear decay to 0.
+        warmup_from_zero: whether the rising rate starts at 0, as in transformers' schedule, whose first of W warm-up
+            steps changes nothing; False starts it at 1/W.
+        data_seed: of the order of the data; None takes the run's seed, which is the initialisation's.
         entropy_every, eval_every: steps between recorded entropies, and between evaluations (0: at the end only).
         checkpoint_every: steps between checkpoints (0: only when interrupted).
         eval_blocks: validation blocks used, from the start of the split.
@@ -39,6 +42,8 @@ class Recipe:
     micro_batch: int = 512
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.05
+    warmup_from_zero: bool = True
+    data_seed: int | None = None
     weight_decay: float = 0.1
     adam_epsilon: float = 1e-8
     max_grad_norm: float = 1.0
@@ -117,7 +122,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, seed: int, **over
     settings = {
         "output_dir": str(output_dir),
         "seed": seed,
-        "data_seed": seed,
+        "data_seed": seed if recipe.data_seed is None else recipe.data_seed,
         "max_steps": recipe.steps,
         "per_device_train_batch_size": recipe.micro_batch,
         "per_device_eval_batch_size": recipe.micro_batch,

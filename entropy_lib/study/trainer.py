@@ -74,6 +74,7 @@ class EntropyTrainer(Trainer):
         regularization: EntropyRegularization | None = None,
         entropy_every: int = 50,
         max_skipped_in_a_row: int = 20,
+        warmup_from_zero: bool = True,
         **kwargs,
     ):
         kwargs.setdefault("data_collator", collate_blocks)
@@ -81,6 +82,7 @@ class EntropyTrainer(Trainer):
         self.regularization = regularization if self.model.config.entropy_regularization else None
         self.entropy_every = entropy_every
         self.max_skipped_in_a_row = max_skipped_in_a_row
+        self.warmup_from_zero = warmup_from_zero
         self.collapsed = False
         self.grad_norm = math.nan  # of the last step that was read, see `_read_grad_norms`
         self._grad_norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
@@ -138,6 +140,18 @@ class EntropyTrainer(Trainer):
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay for matrices only: not for biases, gains, α, β, thresholds or temperatures."""
         return [n for n, p in model.named_parameters() if p.dim() >= 2 and not n.endswith("log_temperature")]
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """The Trainer's linear schedule, or the same one step ahead while it rises (see `Recipe.warmup_from_zero`)."""
+        if self.warmup_from_zero:
+            return super().create_scheduler(num_training_steps, optimizer)
+        warmup = self.args.get_warmup_steps(num_training_steps)
+
+        def share(step: int) -> float:
+            return min((step + 1) / max(1, warmup), (num_training_steps - step) / max(1, num_training_steps - warmup))
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset=None):
         """The Trainer's random order, cut to whole steps: whatever the micro-batch, no epoch ends in a smaller one."""

@@ -60,7 +60,7 @@ def train_variant(
         corpus: what `load_corpus` takes, or what it returned: (DatasetDict, tokenizer).
         recipe: "smoke", "small", "paper" or a `Recipe`.
         size: a preset of `build_model`; the vocabulary and the positions come from the corpus and the recipe.
-        seed: of the initialisation and of the order of the data.
+        seed: of the initialisation, and of the order of the data unless the recipe has a `data_seed`.
         output_dir: where the record goes, `<variant>-seed<k>.json` and `.parquet`; None writes none.
         run_dir: where checkpoints go; by default a folder in the user's cache that belongs to exactly this run.
         progress: a progress bar on a terminal, five lines elsewhere.
@@ -111,6 +111,7 @@ def train_variant(
         regularization=recipe.regularization(),
         entropy_every=recipe.entropy_every,
         max_skipped_in_a_row=recipe.max_skipped_in_a_row,
+        warmup_from_zero=recipe.warmup_from_zero,
         callbacks=[*callbacks, _Progress(variant.name, enabled=progress)],
     )
     started = time.monotonic()

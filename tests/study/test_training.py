@@ -239,6 +239,29 @@ def test_the_command_of_a_notebook_is_the_call(monkeypatch):
     assert training._command("SM", "tiny", 3) == "train_variant('SM', ..., size='tiny', seed=3), in a notebook"
 
 
+def test_the_order_of_the_data_has_a_seed_of_its_own(corpus):
+    short = replace(RECIPE, steps=2, eval_every=0)
+    first = column(train(corpus, recipe=short), "loss")
+    assert np.array_equal(column(train(corpus, recipe=replace(short, data_seed=0)), "loss"), first)
+    other = column(train(corpus, recipe=replace(short, data_seed=1)), "loss")
+    other_init = column(train(corpus, recipe=replace(short, data_seed=0), seed=1), "loss")
+    assert abs(other[0] - first[0]) > 1e-4
+    assert abs(other_init[0] - first[0]) > 1e-4
+
+
+def test_warm_up_starts_at_zero_or_one_step_later(corpus):
+    short = replace(RECIPE, steps=5, warmup_ratio=0.4, learning_rate=1.0, eval_every=0, max_skipped_in_a_row=9)
+    for from_zero, wanted in ((True, [0, 1 / 2, 1, 2 / 3, 1 / 3]), (False, [1 / 2, 1, 1, 2 / 3, 1 / 3])):
+        rates = []
+
+        class Watch(TrainerCallback):
+            def on_step_begin(self, args, state, control, optimizer, rates=rates, **kwargs):
+                rates.append(optimizer.param_groups[0]["lr"])
+
+        train(corpus, recipe=replace(short, warmup_from_zero=from_zero), callbacks=[Watch()])
+        assert rates == pytest.approx(wanted)
+
+
 def test_checkpointed_activations_change_nothing(corpus):
     plain = train(corpus)
     saved = train(corpus, training_overrides={"gradient_checkpointing": True})
