@@ -468,47 +468,41 @@ def test_compiled(tmp_path):
     torch.testing.assert_close(compiled.watch.gradients, plain.watch.gradients, **CLOSE)
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import torch
-from test_regularized_trainer import UNEQUAL, llama, logged, trained
-from entropy_lib import EntropyRegularization
+def results(folder, size, reduction, checkpointing):
+    settings = {"per_device_train_batch_size": size, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
+    regularization = EntropyRegularization(0.05, 0.05, reduction=reduction)
+    trainer = trained(
+        folder, llama(), UNEQUAL, regularization=regularization, gradient_checkpointing=checkpointing, **settings
+    )
+    kept = torch.load(Path(folder) / "checkpoint-3" / "entropy_thresholds.pt", weights_only=True)
+    logs = {name: logged(trainer, name) for name in ("loss", "entropy_penalty", "attention_entropy")}
+    return {**logs, "thresholds": trainer.thresholds.detach(), "saved": kept}
 
-for reduction in ("mean", "sum"):
-    for checkpointing in (False, True):
-        trainer = trained(
-            {folder!r}, llama(), UNEQUAL, regularization=EntropyRegularization(0.05, 0.05, reduction=reduction),
-            gradient_checkpointing=checkpointing, per_device_train_batch_size={size}, gradient_accumulation_steps=2,
-            save_strategy="steps", save_steps=3,
-        )
-        kept = torch.load({folder!r} + "/checkpoint-3/entropy_thresholds.pt", weights_only=True)
-        torch.testing.assert_close(kept, trainer.thresholds.detach())
-        rank = trainer.args.process_index
-        result = {{name: logged(trainer, name) for name in ("loss", "entropy_penalty", "attention_entropy")}}
-        result |= {{"thresholds": trainer.thresholds.detach(), "weights": list(trainer.model.parameters())}}
-        torch.save(result, {folder!r} + f"/{{reduction}}-{{checkpointing}}-{{rank}}.pt")
-"""
+
+BOTH = [("mean", True), ("sum", False)]
 
 
 @pytest.mark.xdist_group("training")
 def test_two_processes_train_as_one(tmp_path):
+    lines = [
+        "import os, torch",
+        "from test_regularized_trainer import BOTH, results",
+        f"each = [results({str(tmp_path / 'two')!r}, 2, *options) for options in BOTH]",
+        f"torch.save(each, {str(tmp_path)!r} + '/' + os.environ['RANK'])",
+    ]
+    (tmp_path / "script.py").write_text("\n".join(lines))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    results = {}
-    for processes, command in ((1, [sys.executable]), (2, launch)):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        script = folder / "script.py"
-        tests = str(Path(__file__).parent)
-        script.write_text(SCRIPT.format(tests=tests, folder=str(folder), size=4 // processes))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        results[processes] = {path.stem: torch.load(path) for path in sorted(folder.glob("*-*.pt"))}
-    assert len(results[2]) == 2 * len(results[1]) == 8
-    for name, two in results[2].items():
-        one = results[1][f"{name[:-1]}0"]
-        torch.testing.assert_close(two["thresholds"], results[2][f"{name[:-1]}0"]["thresholds"], rtol=0, atol=0)
-        for key in ("loss", "entropy_penalty", "attention_entropy", "thresholds"):
-            torch.testing.assert_close(two[key], one[key], rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
-        assert (two["thresholds"] != 0.5).any()
+    done = subprocess.run(
+        [*launch, str(tmp_path / "script.py")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    zero, other = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    for index, options in enumerate(BOTH):
+        one = results(tmp_path / "one", 4, *options)
+        assert (one["thresholds"] - 0.5).abs().max() > 1e-3
+        for two in (zero[index], other[index]):
+            torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+        assert (zero[index]["thresholds"] == other[index]["thresholds"]).all()
+        assert (zero[index]["thresholds"] == zero[index]["saved"]).all()
