@@ -1,7 +1,7 @@
 """The attention implementation "entropy" for any transformers model, registered when this module is imported.
 
-It is the model's own attention, computed by `entropy_attention`; each layer's entropy goes to whoever listens
-(`record_entropy`).
+It is the model's own attention: computed by `entropy_attention` in the layers that an open recorder wants
+(`record_entropy`), which are told their entropy, and by sdpa in all others.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from entropy_lib.attention import _visible_keys, entropy_attention, entropy_of_a
 # Arguments of transformers' attention functions that change the logits, or which keys there are.
 CHANGES_LOGITS = "softcap s_aux sinks position_bias alibi attention_bias head_mask cache indices block_indices".split()
 
-# Called with (layer, entropy, mask, causal) by every layer of the running forward pass; none while checkpointing
-# recomputes one.
-listeners: list = []
+# By layer, the open recorders of models that have it; entered and taken out by `record_entropy`.
+recorders: dict[nn.Module, tuple] = {}
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -92,7 +91,7 @@ def attend(
     scaling: float | None = None,
     is_causal: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One attention layer, reported to the listeners.
+    """One attention layer, reported to its recorders.
 
     Args:
         module: the layer, for its `is_causal` and for messages.
@@ -122,17 +121,29 @@ def attend(
         entropy = entropy_of_attention(query, key, scale=scaling, causal=causal, mask=mask)
     else:
         output, entropy = entropy_attention(query, key, value, scale=scaling, causal=causal, mask=mask)
-        output = output.transpose(1, 2)
-    for listen in listeners:
-        listen(module, entropy, mask, causal)
+        output = output.transpose(1, 2).contiguous()
+    if recorders:
+        _report(module, entropy, mask, causal)
     return output, entropy
+
+
+@torch.compiler.disable
+def _report(module: nn.Module, entropy: Tensor, mask: Tensor | None, causal: bool) -> None:
+    for recorder in recorders.get(module, ()):
+        if recorder.wants(module):
+            recorder.hear(module, entropy, mask, causal, None)
+
+
+@torch.compiler.disable
+def _is_recorded(module: nn.Module) -> bool:
+    return any(recorder.wants(module) for recorder in recorders.get(module, ()))
 
 
 def entropy_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float = 0.0,
     scaling: float | None = None, is_causal: bool | None = None, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """`attend` with the signature of transformers' attention functions: output [B, T, H, D] and no weights.
+    """transformers' attention function "entropy": output [B, T, H, D] and no weights; `attend` where it is recorded.
 
     Raises ValueError for what has no entropy of this form: soft-capped logits, sinks, position biases, paged caches,
     chosen keys, and unknown floating-point tensors.
@@ -145,6 +156,10 @@ def entropy_attention_forward(
                 "that 'entropy' does not compute. Use attn_implementation='eager' with output_attentions=True and "
                 "attention_entropy(weights)."
             )
+    if not (recorders and _is_recorded(module)):
+        return attention_on_request_forward(
+            module, query, key, value, attention_mask, is_causal, dropout=dropout, scaling=scaling, **kwargs
+        )
     return attend(module, query, key, value, attention_mask, dropout, scaling, is_causal)[0], None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Sequence
@@ -132,8 +133,10 @@ class EntropyRegularization(nn.Module):
         Args:
             attentions: one [batch, heads, queries, keys] tensor a layer.
             step: the training step the values belong to.
-            logger: anything with wandb's `.log(dict, step=)`, a TensorBoard `SummaryWriter`, or None.
+            logger: anything with wandb's `.log(dict, step=)`, a TensorBoard `SummaryWriter`, or None; ValueError for
+                others, such as Python's own loggers.
         """
+        check_logger(logger)
         _check_layers(attentions, "attentions", 4, "[batch, heads, queries, keys]")
         heads = [EntropyRegularization.compute_entropy(a).mean(dim=(0, 2)) for a in attentions]
         metrics = {
@@ -141,13 +144,7 @@ class EntropyRegularization(nn.Module):
             for layer, row in enumerate(torch.stack(heads).tolist())
             for head, entropy in enumerate(row)
         }
-        if hasattr(logger, "log"):
-            logger.log(metrics, step=step)
-        elif hasattr(logger, "add_scalar"):
-            for key, entropy in metrics.items():
-                logger.add_scalar(key, entropy, step)
-        elif logger is not None:
-            raise ValueError(f"logger needs .log(dict, step=) or .add_scalar(tag, value, step); got {type(logger)}")
+        send_metrics(metrics, step, logger)
         return metrics
 
     def _loss(
@@ -255,3 +252,27 @@ def _went_through_dropout(attention: Tensor) -> bool:
         return False
     off = (row_sum_error(attention) > 0.05)[..., None]
     return bool((off & (attention == 0)).tril().any())
+
+
+def check_logger(logger) -> None:
+    """ValueError unless `send_metrics` can use it."""
+    if logger is None or hasattr(logger, "add_scalar"):
+        return
+    try:
+        inspect.signature(logger.log).bind({}, step=0)
+    except (AttributeError, TypeError):
+        raise ValueError(
+            "logger needs wandb's .log(dict, step=) or TensorBoard's .add_scalar(tag, value, step), or be None; got "
+            f"{type(logger).__name__}"
+        ) from None
+    except ValueError:  # a method without a signature, of an extension
+        return
+
+
+def send_metrics(metrics: dict[str, float], step: int, logger) -> None:
+    """Log numbers of a training step to a logger that `check_logger` lets through."""
+    if hasattr(logger, "add_scalar"):
+        for key, value in metrics.items():
+            logger.add_scalar(key, value, step)
+    elif logger is not None:
+        logger.log(metrics, step=step)

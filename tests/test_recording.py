@@ -15,7 +15,7 @@ from transformers.masking_utils import (
 )
 
 from entropy_lib import EntropyRegularization, attention_entropy, entropy_attention, entropy_callback, record_entropy
-from entropy_lib.interface import attend, entropy_attention_forward, entropy_mask, listeners
+from entropy_lib.interface import attend, entropy_attention_forward, entropy_mask, recorders
 
 SIZES = {"vocab_size": 61, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -201,7 +201,7 @@ def test_a_failed_pass_leaves_no_recorder_behind():
             model(torch.full((1, 3), 10_000))
         model(**batch("none"))
         assert len(recorder.entropies) == 2
-    assert listeners == []
+    assert not recorders
 
 
 def test_sub_configurations_get_their_own_implementation_back():
