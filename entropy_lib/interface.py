@@ -22,13 +22,19 @@ recorders: dict[nn.Module, tuple] = {}
 
 
 def no_mask(device: torch.device) -> Tensor:
-    """A mask that says: plainly causal, nothing hidden; for models that know it of their input.
+    """A mask that says: plainly causal, nothing hidden.
 
-    None says so as well, but not to transformers' mask functions: without a cache they look for packed sequences in
-    the position ids, and under torch.compile, where they cannot look, build the whole mask. They pass on what has
-    four dimensions, and no other mask is empty.
+    None would leave causality to the layer's `is_causal`, which is False in decoders that rely on their mask. From a
+    model that knows it of its input, None says less to transformers' mask functions too: without a cache they look
+    for packed sequences in the position ids, and under torch.compile, where they cannot look, build the whole mask.
+    They pass on what has four dimensions, and no other mask is empty.
     """
     return torch.empty(0, 0, 0, 0, dtype=torch.bool, device=device)
+
+
+def all_visible(device: torch.device) -> Tensor:
+    """A mask that says: every query sees every key. (One that holds a single True, and no other is as small.)"""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
 
 
 def entropy_mask(
@@ -43,12 +49,12 @@ def entropy_mask(
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
     **kwargs,
-) -> Tensor | None:
-    """The mask for "entropy", as small as it can be, so that the fused kernel takes it.
+) -> Tensor:
+    """The mask for "entropy", as small as it can be, so that the fused kernel takes it; it alone says what is causal.
 
     Where the queries are the last positions of the keys and the pattern is plainly causal (or a window that no key
-    falls out of): None, or [B, kv_length] if a key is padded or queries follow a cache. Where it is plainly
-    bidirectional: None or [B, 1, 1, kv_length]. Anything else: `sdpa_mask`'s [B, 1, q_length, kv_length].
+    falls out of): `no_mask`, or [B, kv_length] if a key is padded or queries follow a cache. Where it is plainly
+    bidirectional: `all_visible` or [B, 1, 1, kv_length]. Anything else: `sdpa_mask`'s [B, 1, q_length, kv_length].
     Boolean, True where a key takes part.
     """
     in_window = local_size is not None and kv_length < local_size
@@ -57,15 +63,15 @@ def entropy_mask(
     keys_fit = kv_offset == 0 and (attention_mask is None or attention_mask.shape == (batch_size, kv_length))
     aligned = not isinstance(q_offset, Tensor) and q_offset + q_length == kv_length
     if keys_fit and (everything or (causal and aligned)):
-        padding = attention_mask
+        padding, device = attention_mask, kwargs.get("device", "cpu")
         if padding is not None and not torch.compiler.is_compiling() and padding.all():
             padding = None
         if everything:
-            return None if padding is None else padding.bool()[:, None, None, :]
+            return all_visible(device) if padding is None else padding.bool()[:, None, None, :]
         if padding is None and (q_length == 1 or q_length == kv_length):
-            return None
-        if padding is None:  # None would mean what it does to sdpa: the first q_length keys
-            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=kwargs.get("device", "cpu"))
+            return no_mask(device)
+        if padding is None:  # `no_mask` would mean what None does to sdpa: the first q_length keys
+            return torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
         return padding.bool()
     return sdpa_mask(
         batch_size=batch_size,
@@ -94,25 +100,24 @@ def attend(
     """One attention layer, reported to its recorders.
 
     Args:
-        module: the layer, for its `is_causal` and for messages.
+        module: the layer, for messages and, where there is no mask, for its `is_causal`.
         query, key, value: [B, H, T, D] and [B, H_kv, T_k, D].
-        attention_mask: None or `no_mask`, keys [B, T_k] (with causality on top if the layer is causal), or a whole mask
-            broadcastable to [B, H, T, T_k]: boolean, or additive with nothing but 0 and very negative values.
+        attention_mask: what `entropy_mask` makes, keys [B, T_k] being causal; or a whole mask broadcastable to
+            [B, H, T, T_k]: boolean, or additive with nothing but 0 and very negative values; or None, which is causal
+            if the layer is, as in sdpa.
         dropout: above 0, the output comes from `scaled_dot_product_attention` with this dropout, while the entropy
             is that of the weights before dropout.
 
     Returns: output [B, T, H, D], entropy [B, H, T] in nats.
     """
-    mask, causal = _given(attention_mask), getattr(module, "is_causal", True) if is_causal is None else is_causal
     query_len, key_len = query.shape[2], key.shape[2]
+    mask, causal = _read(attention_mask, module, is_causal, key_len)
     if mask is None and causal and key_len > query_len > 1:  # as in sdpa: the rest of a static cache is still empty
         key, value, key_len = key[:, :, :query_len], value[:, :, :query_len], query_len
     if mask is not None and mask.dtype != torch.bool:
         mask = _visible_where_added(mask, module)
-    if mask is not None and mask.dim() == 4:
-        causal = False
-        if mask.shape[1:] == (1, 1, key_len):
-            mask = mask[:, 0, 0]
+    if mask is not None and mask.dim() == 4 and mask.shape[1:] == (1, 1, key_len):
+        mask = mask[:, 0, 0]
     if dropout > 0 or value.shape != key.shape:
         visible = _visible_keys(mask, causal, query_len, key_len, query.device)
         output = sdpa_attention_forward(
@@ -172,11 +177,10 @@ def attention_on_request_forward(
     With `output_entropies` it calls `attend` on the same masks, which stay small enough for the fused kernel under
     torch.compile too, where sdpa's own are always whole.
     """
-    attention_mask = _given(attention_mask)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        attention_mask = _visible_keys(attention_mask, causal, query.shape[2], key.shape[2], query.device)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, is_causal=is_causal, **kwargs)
+    mask, causal = _read(attention_mask, module, is_causal, key.shape[2])
+    if mask is not None and mask.dim() == 2:
+        mask = _visible_keys(mask, causal, query.shape[2], key.shape[2], query.device)
+    return sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **kwargs)
 
 
 AttentionInterface.register("entropy", entropy_attention_forward)
@@ -185,8 +189,15 @@ AttentionInterface.register("entropy_on_request", attention_on_request_forward)
 AttentionMaskInterface.register("entropy_on_request", entropy_mask)
 
 
-def _given(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None or mask.numel() == 0 else mask
+def _read(mask: Tensor | None, module: nn.Module, is_causal: bool | None, key_len: int) -> tuple[Tensor | None, bool]:
+    """(mask, causal): the mask, None where it hides nothing, and whether causality comes on top of it."""
+    if mask is None:
+        return None, getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if mask.numel() == 0:  # `no_mask`
+        return None, True
+    if mask.shape == (1, 1, 1, 1) and key_len > 1:  # `all_visible`
+        return None, False
+    return mask, mask.dim() == 2
 
 
 def _visible_where_added(mask: Tensor, module: nn.Module) -> Tensor:

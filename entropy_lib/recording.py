@@ -354,7 +354,7 @@ def _choose(model: nn.Module, layers: Sequence[int | str]) -> set[nn.Module]:
     known = {name: module for name, module in model.named_modules() if _uses_interface(type(module))}
     names = list(known)
     by_number = {number: names[number] for number in range(-len(names), len(names))}
-    chosen = {known.get(by_number.get(layer, layer) if isinstance(layer, int) else layer) for layer in layers}
+    chosen = {known.get(by_number.get(layer) if type(layer) is int else layer) for layer in layers}
     if not chosen or None in chosen:
         raise ValueError(
             f"layers must name attention layers of {type(model).__name__}, by number from 0 to {len(names) - 1} or as "
@@ -438,8 +438,8 @@ class _EntropyCallback(TrainerCallback):
         self._recorder = None
         if args is not None and args.n_gpu > 1:
             raise ValueError(
-                f"entropy_callback does not see the copies that nn.DataParallel runs on {args.n_gpu} GPUs: use torchrun, "
-                "or one GPU (CUDA_VISIBLE_DEVICES=0)"
+                f"entropy_callback does not see the copies that nn.DataParallel runs on {args.n_gpu} GPUs: "
+                "use torchrun, or one GPU (CUDA_VISIBLE_DEVICES=0)"
             )
         if model is not None:
             with record_entropy(model):  # refuses here, not in the middle of a training, what it cannot record

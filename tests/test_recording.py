@@ -1,6 +1,9 @@
 """record_entropy against the weights that transformers' own eager attention returns, for one tiny model a family."""
 
+import contextlib
 import copy
+import logging
+import threading
 
 import pytest
 import torch
@@ -15,7 +18,13 @@ from transformers.masking_utils import (
 )
 
 from entropy_lib import EntropyRegularization, attention_entropy, entropy_attention, entropy_callback, record_entropy
-from entropy_lib.interface import attend, entropy_attention_forward, entropy_mask, recorders
+from entropy_lib.interface import (
+    attend,
+    attention_on_request_forward,
+    entropy_attention_forward,
+    entropy_mask,
+    recorders,
+)
 
 SIZES = {"vocab_size": 61, "initializer_range": 0.3, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
@@ -317,17 +326,19 @@ def test_the_mask_is_compact_only_where_that_is_exact():
     padded = ones.clone()
     padded[1, :2] = False
     common = {"batch_size": 2, "q_length": 6, "kv_length": 6, "attention_mask": ones}
-    assert entropy_mask(**common) is None
-    assert entropy_mask(**{**common, "attention_mask": None}) is None
+    causal, everything_visible = (0, 0, 0, 0), (1, 1, 1, 1)
+    assert entropy_mask(**common).shape == causal
+    assert entropy_mask(**{**common, "attention_mask": None}).shape == causal
     assert torch.equal(entropy_mask(**{**common, "attention_mask": padded}), padded)
     assert torch.equal(entropy_mask(**{**common, "q_length": 2, "q_offset": 4}), ones)
-    assert entropy_mask(**{**common, "q_length": 1, "q_offset": 5}) is None
+    assert entropy_mask(**{**common, "q_length": 1, "q_offset": 5}).shape == causal
     everything = {**common, "mask_function": bidirectional_mask_function, "allow_is_causal_skip": False}
-    assert entropy_mask(**everything, allow_is_bidirectional_skip=True) is None
+    assert entropy_mask(**everything, allow_is_bidirectional_skip=True).shape == everything_visible
     keys = entropy_mask(**{**everything, "attention_mask": padded}, allow_is_bidirectional_skip=True)
     assert torch.equal(keys, padded[:, None, None])
     window = {**common, "mask_function": sliding_window_causal_mask_function(4), "local_size": 4}
-    assert entropy_mask(**{**common, "mask_function": sliding_window_causal_mask_function(9), "local_size": 9}) is None
+    wide = {**common, "mask_function": sliding_window_causal_mask_function(9), "local_size": 9}
+    assert entropy_mask(**wide).shape == causal
     for whole in (
         everything,
         window,
@@ -341,6 +352,32 @@ def test_the_mask_is_compact_only_where_that_is_exact():
         mask = entropy_mask(**whole)
         assert mask.shape == (2, 1, whole["q_length"], whole["kv_length"])
         assert torch.equal(mask, sdpa_mask(**{**whole, "allow_is_causal_skip": False}))
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("is_causal", [True, False, None])
+@pytest.mark.parametrize("function", [causal_mask_function, bidirectional_mask_function])
+def test_what_is_causal_is_said_by_the_mask_and_not_by_the_layer(function, is_causal, padding):
+    layer, keys = nn.Module(), batch(padding)["attention_mask"].bool()
+    if is_causal is not None:
+        layer.is_causal = is_causal
+    query = torch.randn(3, 2, 9, 8)
+    skip = "allow_is_causal_skip" if function is causal_mask_function else "allow_is_bidirectional_skip"
+    common = {"batch_size": 3, "q_length": 9, "kv_length": 9, "mask_function": function, "attention_mask": keys}
+    mask = entropy_mask(**{**common, "allow_is_causal_skip": False, skip: True})
+    whole = sdpa_mask(**common, allow_is_causal_skip=False)
+    assert mask.numel() < whole.numel()
+    expected = entropy_attention(query, query, query, causal=False, mask=whole)
+    for found in (
+        attend(layer, query, query, query, mask),
+        attend(layer, query, query, query, mask, is_causal=is_causal),
+        attend(layer, query, query, query, mask, dropout=1e-9),
+    ):
+        torch.testing.assert_close(found[1], expected[1])
+    rows = keys[:, :, None, None].expand(3, 9, 2, 8)
+    on_request = attention_on_request_forward(layer, query, query, query, mask)[0]
+    for output in (found[0], on_request, attend(layer, query, query, query, mask)[0]):
+        torch.testing.assert_close(output[rows], expected[0].transpose(1, 2)[rows], **CLOSE)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -473,3 +510,275 @@ def test_compiled_models_are_recorded():
     for passed in recorder.passes:
         torch.testing.assert_close(passed, expected)
     assert len(recorder.passes) == 2
+
+
+# Whose entropies, in which thread
+
+
+def two_models():
+    first = make("Llama")
+    torch.manual_seed(2)
+    return first, AutoModelForCausalLM.from_config(first.config, attn_implementation="sdpa").eval()
+
+
+def alone(model, inputs):
+    with torch.no_grad(), record_entropy(model) as recorder:
+        model(**inputs)
+    return recorder.entropies
+
+
+@pytest.mark.parametrize("share", ["nothing", "layers", "backbone"])
+@pytest.mark.parametrize("both", [False, True])
+def test_a_recorder_hears_its_own_model_only_in_any_thread(share, both):
+    ours, other = two_models()
+    other.model.norm.weight.data *= 2
+    if share == "layers":
+        other.model.layers = ours.model.layers
+        other.model.embed_tokens.weight.data = other.model.embed_tokens.weight.data.flip(0)
+    elif share == "backbone":
+        other.model = ours.model
+    inputs, others = batch("none"), batch("left")
+    expected = alone(ours, inputs), alone(other, others)
+    passes, stop = [], threading.Event()
+
+    def run_the_other():
+        with record_entropy(other) if both else contextlib.nullcontext() as recorder, torch.no_grad():
+            while not stop.is_set():
+                other(**others)
+                if both:
+                    passes.append(list(recorder.entropies))
+
+    with torch.no_grad(), record_entropy(ours) as recorder:
+        thread = threading.Thread(target=run_the_other)
+        thread.start()
+        try:
+            for _ in range(30):
+                ours(**inputs)
+        finally:
+            stop.set()
+            thread.join()
+        if both:
+            with record_entropy(other) as inner:
+                other(**others)
+                ours(**inputs)
+            assert len(inner.passes) == 1
+            torch.testing.assert_close(inner.entropies, expected[1])
+    assert len(recorder.passes) == 30 + both
+    for passed in recorder.passes:
+        torch.testing.assert_close(passed, expected[0])
+    assert bool(passes) == both
+    for passed in passes:
+        torch.testing.assert_close(passed, expected[1])
+    assert not recorders
+    assert ours.config._attn_implementation == other.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_recorders_are_left_in_any_order(order):
+    model, inputs = make("Llama"), batch("none")
+    stacks = [contextlib.ExitStack() for _ in order]
+    opened = [stack.enter_context(record_entropy(model)) for stack in stacks]
+    stacks[order[0]].close()
+    with torch.no_grad():
+        model(**inputs)
+    assert [len(opened[place].passes) for place in order] == [0, 1]
+    assert model.config._attn_implementation == "entropy"
+    stacks[order[1]].close()
+    assert model.config._attn_implementation == "sdpa"
+    assert not recorders
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("use", ["loss", "penalty"])
+@pytest.mark.parametrize("mean", [False, True])
+def test_backward_outside_the_with_computes_checkpointed_layers_as_they_were(mean, use):
+    grads = []
+    for inside in (True, False):
+        model, inputs = make("Llama").train(), batch("none")
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with record_entropy(model, mean=mean) as recorder:
+            loss = model(**inputs, labels=inputs["input_ids"]).loss
+            if use == "penalty" and not mean:
+                loss = sum(entropy.square().mean() for entropy in recorder.entropies)
+            if inside:
+                loss.backward()
+        if not inside:
+            with torch.no_grad():
+                model(**inputs)
+            loss.backward()
+            assert len(recorder.passes) == 1
+        assert model.config._attn_implementation == "sdpa"
+        assert not recorders
+        grads.append([parameter.grad for parameter in model.parameters()])
+        torch.manual_seed(0)
+    assert sum(grad is not None for grad in grads[0]) > 5
+    torch.testing.assert_close(grads[1], grads[0])
+
+
+# Real queries
+
+
+def bart(**fields):
+    config = transformers.BartConfig(
+        **{**SIZES, "eos_token_id": 60, "pad_token_id": 0, "decoder_start_token_id": 1}, d_model=32, encoder_layers=2,
+        decoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=48, decoder_ffn_dim=48,
+        max_position_embeddings=32, init_std=0.3, **{"decoder_attention_heads": 4, **fields},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return transformers.BartForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.parametrize("decoder_padding", ["none", "right", "left"])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_queries_of_a_decoder_are_its_own_tokens(decoder_padding, heads):
+    """Encoder and decoder of one length and different padding, in self- and cross-attention."""
+    model, inputs, target = bart(decoder_attention_heads=heads), batch("right"), batch(decoder_padding)
+    masks = {"attention_mask": inputs["attention_mask"].flip(0), "decoder_attention_mask": target["attention_mask"]}
+    if decoder_padding == "none":
+        del masks["decoder_attention_mask"]
+    arguments = {"input_ids": inputs["input_ids"].flip(0), "decoder_input_ids": target["input_ids"], **masks}
+    with torch.no_grad(), record_entropy(model) as recorder:
+        model(**arguments)
+    with torch.no_grad():
+        out = eager(model)(**arguments, output_attentions=True)
+    real = {"encoder": masks["attention_mask"].bool(), "decoder": target["attention_mask"].bool()}
+    weights = {"encoder": out.encoder_attentions, "self_attn": out.decoder_attentions, "cross": out.cross_attentions}
+    expected = []
+    for name, entropy in zip(recorder.layers, recorder.entropies, strict=True):
+        part = "encoder" if ".encoder." in name else "self_attn" if name.endswith("self_attn") else "cross"
+        queries = real["encoder" if part == "encoder" else "decoder"]
+        wanted = attention_entropy(weights[part][int(name.split(".layers.")[1][0])]).transpose(1, 2)[queries]
+        torch.testing.assert_close(entropy.transpose(1, 2)[queries], wanted, **CLOSE)
+        expected.append(wanted.mean(0))
+    means = recorder.head_means()
+    assert isinstance(means, torch.Tensor) == (heads == 4)
+    torch.testing.assert_close(list(means), expected, **CLOSE)
+    with torch.no_grad(), record_entropy(model, mean=True) as recorder:
+        model(**arguments)
+    torch.testing.assert_close(list(recorder.head_means()), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_recorded_query_masks_make_a_batch_pay_what_its_sequences_pay(family, padding):
+    model, inputs = make(family), batch(padding)
+    regularization = EntropyRegularization(1.0, 0.05, reduction="sum")
+    thresholds = torch.rand(2, 4)
+    with record_entropy(model) as recorder:
+        model(**inputs)
+    penalty = regularization(recorder.entropies, thresholds, recorder.query_masks)
+    alone = torch.zeros(())
+    for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"].bool(), strict=True):
+        positions = {} if family in ("GPTNeoX", "OPT") else {"position_ids": torch.arange(9)[mask][None]}
+        with record_entropy(model) as recorder:
+            model(ids[mask][None], **positions)
+        alone = alone + regularization(recorder.entropies, thresholds)
+    assert penalty > 0
+    torch.testing.assert_close(penalty, alone, **CLOSE)
+
+
+def test_unequal_heads_in_a_training_run(tmp_path):
+    model = bart(decoder_attention_heads=2)
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(1, 60, (4, 9))]
+    callback = entropy_callback(every=1)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], disable_tqdm=True)
+    Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert [len(heads) for heads in callback.history[0]["entropy"]] == [4, 4, 2, 2, 2, 2]
+
+
+# What would be missing, or there twice
+
+
+def vision(**fields):
+    return {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "image_size": 8, "patch_size": 4, **fields}  # fmt: skip
+
+
+def test_parts_without_the_interface_are_refused_unless_the_layers_are_chosen():
+    text = {**WIDE, **SIZES, "eos_token_id": 60}
+    config = transformers.SiglipConfig(text_config=text, vision_config=vision())
+    model = transformers.SiglipModel(config).eval()  # its vision tower ends in torch's own MultiheadAttention
+    inputs = {"input_ids": batch("none")["input_ids"], "pixel_values": torch.randn(3, 3, 8, 8)}
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"MultiheadAttention.*layers=\[") as error, record_entropy(model):
+            model(**inputs)
+        assert "vision_model.head" in str(error.value)
+        with record_entropy(model, layers=range(4)) as recorder:
+            model(**inputs)
+        with record_entropy(model) as text_only:
+            model.get_text_features(inputs["input_ids"])
+    assert len(recorder.entropies) == 4
+    assert len(text_only.entropies) == 2
+
+
+def test_a_layer_with_two_attentions_is_refused():
+    model = make("DiffLlama")
+    with pytest.raises(ValueError, match=r"DiffLlama.*more than once"), torch.no_grad(), record_entropy(model):
+        model(**batch("none"))
+
+
+def test_a_part_that_is_called_by_itself_is_a_pass():
+    text = {**WIDE, **SIZES, "eos_token_id": 60}
+    config = transformers.CLIPConfig(text_config={**text, "projection_dim": 16}, vision_config=vision())
+    model, inputs = transformers.CLIPModel(config).eval(), batch("right")
+    with torch.no_grad(), record_entropy(model) as recorder:
+        model.get_text_features(**inputs)
+        model.get_image_features(torch.randn(3, 3, 8, 8))
+    assert [[entropy.shape[2] for entropy in passed] for passed in recorder.passes] == [[9, 9], [5, 5]]
+    torch.testing.assert_close(alone(model.text_model, inputs), recorder.passes[0])
+    model = bart()
+    with record_entropy(model) as recorder:
+        model.generate(**batch("right"), max_new_tokens=3, min_new_tokens=3, do_sample=False, num_beams=1)
+    assert [len(passed) for passed in recorder.passes] == [2, 4, 4, 4]
+
+
+def test_what_is_recorded_nowhere_is_said():
+    model = make("Llama").model
+    with pytest.raises(ValueError, match="nothing was recorded, although LlamaAttention ran"), record_entropy(model):
+        model.forward(batch("none")["input_ids"])
+    with pytest.raises(ValueError, match="DataParallel"), record_entropy(nn.DataParallel(make("Llama"))):
+        pass
+    callback = entropy_callback()
+    state = transformers.TrainerState(global_step=0)
+    with pytest.raises(ValueError, match="DataParallel"):
+        callback.on_train_begin(type("Arguments", (), {"n_gpu": 2}), state, None, model=make("Llama"))
+    config = transformers.BloomConfig(**SIZES, n_layer=2, n_head=4, hidden_size=32)
+    with pytest.raises(ValueError, match="does not use"):
+        callback.on_train_begin(None, state, None, model=AutoModelForCausalLM.from_config(config))
+
+
+@pytest.mark.parametrize("logger", [logging.getLogger(), object(), print])
+def test_a_logger_that_takes_no_metrics_is_refused_before_training(logger):
+    with pytest.raises(ValueError, match=f"got {type(logger).__name__}"):
+        entropy_callback(logger=logger)
+    with pytest.raises(ValueError, match=f"got {type(logger).__name__}"):
+        EntropyRegularization.log_entropy_metrics([torch.eye(3)[None, None]], 0, logger)
+
+
+# Only some layers
+
+
+@pytest.mark.parametrize("layers", [[1], [-1], ["model.layers.1.self_attn"]])
+def test_only_chosen_layers_are_recorded(monkeypatch, layers):
+    model, inputs = make("Llama"), batch("left")
+    real, whole = inputs["attention_mask"].bool(), alone(model, inputs)
+    computed = []
+
+    def spy(module, *args, **kwargs):
+        computed.append(module.layer_idx)
+        return attend(module, *args, **kwargs)
+
+    monkeypatch.setattr("entropy_lib.interface.attend", spy)
+    with torch.no_grad(), record_entropy(model, layers=layers) as recorder:
+        logits = model(**inputs).logits
+    assert computed == [1]
+    assert recorder.layers == ["model.layers.1.self_attn"]
+    torch.testing.assert_close(recorder.entropies, whole[1:])
+    with torch.no_grad():
+        torch.testing.assert_close(logits[real], model(**inputs).logits[real], **CLOSE)
+
+
+@pytest.mark.parametrize("layers", [[], [2], [-3], ["nowhere"], [True], [1.0]])
+def test_layers_that_are_none_are_refused(layers):
+    with pytest.raises(ValueError, match="by number from 0 to 1 or as in"), record_entropy(make("Llama"), layers):
+        pass
