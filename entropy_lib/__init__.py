@@ -1,7 +1,7 @@
 """Attention entropy: measure it, regularise it, and train the variants of "Entropy-Guided Attention for Private LLMs".
 
 The core (entropy, regularisation, attention, models) needs torch and transformers only. Names of the workshop
-(corpora, training, run records, private inference) are imported on first use.
+(corpora, training, run records, private inference), and what needs transformers' Trainer, are imported on first use.
 """
 
 from importlib import import_module
@@ -15,6 +15,7 @@ from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.variants import VARIANTS, Variant
 
 _WORKSHOP = {
+    "EntropyRegularizedTrainer": "entropy_lib.regularized_trainer",
     "load_corpus": "entropy_lib.study.corpus",
     "EntropyTrainer": "entropy_lib.study.training",
     "Recipe": "entropy_lib.study.training",

@@ -23,7 +23,7 @@ ROWS = [
     "attention weight_normalization",
     "interface",
     "recording modeling",
-    "folding",
+    "folding regularized_trainer",
 ]
 CORE = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 
