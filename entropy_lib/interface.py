@@ -57,6 +57,8 @@ def entropy_mask(
     bidirectional: `all_visible` or [B, 1, 1, kv_length]. Anything else: `sdpa_mask`'s [B, 1, q_length, kv_length].
     Boolean, True where a key takes part.
     """
+    if getattr(kwargs.get("config"), "num_kv_shared_layers", 0):  # Gemma 4 cuts queries off the mask that its last
+        allow_is_causal_skip = False  # layers get, which only a whole one can take
     in_window = local_size is not None and kv_length < local_size
     causal = allow_is_causal_skip and (mask_function is causal_mask_function or in_window)
     everything = allow_is_bidirectional_skip and (mask_function is bidirectional_mask_function or in_window)
@@ -112,7 +114,7 @@ def attend(
     """
     query_len, key_len = query.shape[2], key.shape[2]
     mask, causal = _read(attention_mask, module, is_causal, key_len)
-    if mask is None and causal and key_len > query_len > 1:  # as in sdpa: the rest of a static cache is still empty
+    if attention_mask is None and causal and key_len > query_len > 1:  # as in sdpa: a static cache's rest is empty
         key, value, key_len = key[:, :, :query_len], value[:, :, :query_len], query_len
     if mask is not None and mask.dtype != torch.bool:
         mask = _visible_where_added(mask, module)
@@ -161,6 +163,8 @@ def entropy_attention_forward(
                 "that 'entropy' does not compute. Use attn_implementation='eager' with output_attentions=True and "
                 "attention_entropy(weights)."
             )
+    if attention_mask is None:  # no mask was made, so that eager attention sees every key, whatever the layer says
+        is_causal = False
     if not (recorders and _is_recorded(module)):
         return attention_on_request_forward(
             module, query, key, value, attention_mask, is_causal, dropout=dropout, scaling=scaling, **kwargs
