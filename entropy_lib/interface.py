@@ -120,25 +120,34 @@ def attend(
         mask = _visible_where_added(mask, module)
     if mask is not None and mask.dim() == 4 and mask.shape[1:] == (1, 1, key_len):
         mask = mask[:, 0, 0]
+    wants_max = bool(recorders) and _wants_max_logits(module)
+    rows = {"scale": scaling, "causal": causal, "mask": mask, "return_max_logits": wants_max}
     if dropout > 0 or value.shape != key.shape:
         visible = _visible_keys(mask, causal, query_len, key_len, query.device)
         output = sdpa_attention_forward(
             module, query, key, value, visible, dropout=dropout, scaling=scaling, is_causal=False
         )[0]
-        entropy = entropy_of_attention(query, key, scale=scaling, causal=causal, mask=mask)
+        entropy = entropy_of_attention(query, key, **rows)
+        entropy, peak = entropy if wants_max else (entropy, None)
     else:
-        output, entropy = entropy_attention(query, key, value, scale=scaling, causal=causal, mask=mask)
+        output, entropy, *peak = entropy_attention(query, key, value, **rows)
+        peak = peak[0] if wants_max else None
         output = output.transpose(1, 2).contiguous()
     if recorders:
-        _report(module, entropy, mask, causal)
+        _report(module, entropy, mask, causal, peak)
     return output, entropy
 
 
 @torch.compiler.disable
-def _report(module: nn.Module, entropy: Tensor, mask: Tensor | None, causal: bool) -> None:
+def _report(module: nn.Module, entropy: Tensor, mask: Tensor | None, causal: bool, max_logits: Tensor | None) -> None:
     for recorder in recorders.get(module, ()):
         if recorder.wants(module):
-            recorder.hear(module, entropy, mask, causal, None)
+            recorder.hear(module, entropy, mask, causal, max_logits)
+
+
+@torch.compiler.disable
+def _wants_max_logits(module: nn.Module) -> bool:
+    return any(recorder.with_max_logits and recorder.wants(module) for recorder in recorders.get(module, ()))
 
 
 @torch.compiler.disable

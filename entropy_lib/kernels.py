@@ -104,8 +104,9 @@ def _key_range(first, query_len, key_len, CAUSAL: tl.constexpr, BLOCK_M: tl.cons
 
 @triton.jit
 def forward_kernel(
-    q, k, v, t, mask, out, entropy, lse, scale, heads, query_len, key_len, KEY: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, v, t, mask, out, entropy, lse, peak, scale, heads, query_len, key_len, KEY: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(query_len, BLOCK_M)
     first = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M  # the longest causal rows first
@@ -148,6 +149,8 @@ def forward_kernel(
     place = tl.cast(flat, tl.int64) * query_len + rows
     tl.store(entropy + place, tl.maximum(LN2 * (tl.log2(safe) - weighted / safe), 0.0), mask=rows < query_len)
     tl.store(lse + place, tl.where(total > 0, top + tl.log2(safe), 0.0), mask=rows < query_len)
+    if peak is not None:
+        tl.store(peak + place, tl.where(total > 0, LN2 * top, float("-inf")), mask=rows < query_len)
     if v is not None:
         _store(out, batch, head, first, query_len, acc / safe[:, None], D, BLOCK_M, BLOCK_D)
 

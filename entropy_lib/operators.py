@@ -131,34 +131,37 @@ def _empty_like(x: Tensor) -> Tensor:
     return empty if empty.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _forward_results(query: Tensor, value: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_results(query: Tensor, value: Tensor | None, max_logits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     output = query.new_empty(0) if value is None else _empty_like(query)
-    return output, *(query.new_empty(query.shape[:3], dtype=torch.float32) for _ in range(2))
+    rows = query.shape[:3]
+    return output, *(query.new_empty(shape, dtype=torch.float32) for shape in (rows, rows, rows if max_logits else 0))
 
 
 @torch.library.custom_op(
     "entropy_lib::attention",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor? value, Tensor? temperature, Tensor? mask, float scale, bool causal)"
-    " -> (Tensor output, Tensor entropy, Tensor lse)",
+    schema="(Tensor query, Tensor key, Tensor? value, Tensor? temperature, Tensor? mask, float scale, bool causal, "
+    "bool max_logits=False) -> (Tensor output, Tensor entropy, Tensor lse, Tensor peak)",
 )
-def attention(query, key, value, temperature, mask, scale, causal):
-    """Output (empty without `value`), entropy in nats, and log-sum-exp of the logits in bits, for the backward pass.
+def attention(query, key, value, temperature, mask, scale, causal, max_logits=False):
+    """Output (empty without `value`), entropy in nats, log-sum-exp of the logits in bits, for the backward pass, and
+    the largest logit of every row (empty without `max_logits`; without gradient), -inf where no key is visible.
 
     temperature: [H, T_q] float32 or None; mask: [B, T_k] boolean or None. Shapes are checked by the caller.
     """
-    output, entropy, lse = _forward_results(query, value)
+    output, entropy, lse, peak = _forward_results(query, value, max_logits)
     arguments = {
         "q": _operand(query), "k": _streamed(key), "v": _streamed(value), "t": _rows(temperature), "mask": _rows(mask),
         "out": None if value is None else _matrix(output), "entropy": entropy, "lse": lse,
+        "peak": peak if max_logits else None,
     }  # fmt: skip
     _launch(FORWARD, "BLOCK_M", query, key, scale, causal, (value, temperature, mask), **arguments)
-    return output, entropy, lse
+    return output, entropy, lse, peak
 
 
 @attention.register_fake
-def _(query, key, value, temperature, mask, scale, causal):
-    return _forward_results(query, value)
+def _(query, key, value, temperature, mask, scale, causal, max_logits=False):
+    return _forward_results(query, value, max_logits)
 
 
 def _gradients(query, key, value, temperature, grad_output) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -224,12 +227,13 @@ def _(grad_output, grad_entropy, query, key, value, temperature, *_):
 
 
 def _save(ctx, inputs, output):
-    query, key, value, temperature, mask, ctx.scale, ctx.causal = inputs
-    ctx.save_for_backward(query, key, value, temperature, mask, *output)
+    query, key, value, temperature, mask, ctx.scale, ctx.causal, _ = inputs
+    ctx.save_for_backward(query, key, value, temperature, mask, *output[:3])
+    ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)  # a gradient that does not arrive is None, and its part of the kernels is left out
 
 
-def _differentiate(ctx, grad_output, grad_entropy, _):
+def _differentiate(ctx, grad_output, grad_entropy, *_):
     query, key, value, temperature, mask, *results = ctx.saved_tensors
     if value is None:
         grad_output = None  # of the empty stand-in
@@ -237,7 +241,7 @@ def _differentiate(ctx, grad_output, grad_entropy, _):
         grad_output, grad_entropy, query, key, value, temperature, mask, *results, ctx.scale, ctx.causal
     )
     dt = None if temperature is None else dt.sum(0)
-    return dq, dk, None if grad_output is None else dv, dt, None, None, None
+    return dq, dk, None if grad_output is None else dv, dt, None, None, None, None
 
 
 def _no_second_derivative(ctx, *_):

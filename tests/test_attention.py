@@ -1,5 +1,6 @@
 """Attention with entropy against PyTorch's own attention and the entropy of an explicit softmax."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
-from entropy_lib import attention_entropy, entropy_attention, max_entropy
+from entropy_lib import attention_entropy, entropy_attention, entropy_of_attention, max_entropy
 
 
 def random_qkv(batch=2, heads=4, kv_heads=None, queries=5, keys=None, dim=8, dtype=torch.float64):
@@ -187,3 +188,31 @@ Q = torch.zeros(2, 4, 3, 8)
 def test_rejects(arguments, message):
     with pytest.raises(ValueError, match=message):
         entropy_attention(**{"query": Q, "key": Q, "value": Q, **arguments})
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("temperature", [False, True])
+@pytest.mark.parametrize("whole", [True, False])
+def test_largest_logits_by_brute_force(monkeypatch, causal, masked, temperature, whole):
+    if not whole:
+        monkeypatch.setattr("entropy_lib.attention.WHOLE_QUERIES", 1)
+        monkeypatch.setattr("entropy_lib.attention.CHUNK_BYTES", 700)
+    queries, keys = 5, 7
+    query = torch.randn(2, 4, queries, 3, dtype=torch.float64, requires_grad=True)
+    key, value = torch.randn(2, 2, 2, keys, 3, dtype=torch.float64)
+    t = torch.rand(4, queries, dtype=torch.float64) + 0.5 if temperature else None
+    mask = torch.rand(2, keys) > 0.4 if masked else None
+    if masked:
+        mask[0] = False
+    found = entropy_attention(query, key, value, t, scale=0.7, causal=causal, mask=mask, return_max_logits=True)
+    alone = entropy_of_attention(query, key, t, scale=0.7, causal=causal, mask=mask, return_max_logits=True)
+    for b, h, i in itertools.product(range(2), range(4), range(queries)):
+        seen = [j for j in range(keys) if (not causal or j <= i + keys - queries) and (mask is None or mask[b, j])]
+        row = 0.7 * query[b, h, i] / (t[h, i] if temperature else 1)
+        logits = [(row @ key[b, h // 2, j]).item() for j in seen]
+        assert found[2][b, h, i].item() == pytest.approx(max(logits, default=-math.inf))
+    assert not found[2].requires_grad
+    torch.testing.assert_close(alone, found[1:])
+    plain = entropy_attention(query, key, value, t, scale=0.7, causal=causal, mask=mask)
+    torch.testing.assert_close(found[:2], plain, rtol=0, atol=0)

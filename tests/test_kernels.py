@@ -117,6 +117,18 @@ def test_equals_eager_in_float64(name, backward, arriving, monkeypatch):
 
 
 @interpreted
+@pytest.mark.parametrize("name", CASES)
+def test_largest_logits(name):
+    (query, key, value, *temperature), options, _ = case(**CASES[name])
+    found = entropy_attention(query, key, value, *temperature, **options, backend="triton", return_max_logits=True)
+    inputs = [x.double() for x in (query, key, value, *temperature)]
+    expected = entropy_attention(*inputs, **options, backend="eager", return_max_logits=True)
+    torch.testing.assert_close(found[2].double(), expected[2], rtol=1e-5, atol=1e-5)
+    alone = entropy_of_attention(query, key, *temperature, **options, backend="triton", return_max_logits=True)
+    torch.testing.assert_close(alone, found[1:])
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("backward", BACKWARD)
 def test_half_precision(dtype, backward, monkeypatch):

@@ -769,6 +769,36 @@ def test_a_logger_that_takes_no_metrics_is_refused_before_training(logger):
         EntropyRegularization.log_entropy_metrics([torch.eye(3)[None, None]], 0, logger)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_largest_logits(monkeypatch, family, padding):
+    model, inputs = make(family), batch(padding)
+    twin, seen = eager(model), []
+
+    def spy(query, key, *args, scale=None, **kwargs):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        keys = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        seen.append(query @ keys.transpose(-1, -2) * scale)
+        return entropy_attention(query, key, *args, scale=scale, **kwargs)
+
+    monkeypatch.setattr("entropy_lib.interface.entropy_attention", spy)
+    with torch.no_grad(), record_entropy(model, max_logits=True) as recorder:
+        model(**inputs)
+    with torch.no_grad(), record_entropy(model, mean=True, max_logits=True) as means:
+        model(**inputs)
+    with torch.no_grad():
+        weights = twin(**inputs, output_attentions=True).attentions
+    real = inputs["attention_mask"].bool()
+    for layer, attention in enumerate(weights):
+        expected = seen[layer].masked_fill(attention == 0, -torch.inf).amax(-1)  # keys with weight 0 are not seen
+        rows = real[:, None].expand_as(expected)
+        torch.testing.assert_close(recorder.max_logits[layer][rows], expected[rows], **CLOSE)
+        heads = expected.masked_fill(~rows, -torch.inf).amax(dim=(0, 2))
+        torch.testing.assert_close(means.max_logits[layer], heads, **CLOSE)
+    with record_entropy(model) as recorder, pytest.raises(ValueError, match="max_logits=True"):
+        _ = recorder.max_logits
+
+
 # Only some layers
 
 
