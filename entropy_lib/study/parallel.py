@@ -103,11 +103,12 @@ def run_all(runs: Sequence[Run], workers: int = 0, *, again: bool = False) -> li
         workers: processes at a time, spread over the visible GPUs; 0 for one a GPU.
         again: also what has a record; that of another run too is replaced, with a line that says so.
 
-    Each process writes to `<folder>/<variant>-seed<k>.log`, and an earlier log is kept beside it; a failing one stops no other. Ctrl-C (and SIGTERM) is
-    passed on, so that every process saves a checkpoint, waited for, and raised again as KeyboardInterrupt; the same
-    call then goes on from there. A second one ends the processes at once.
+    Each process writes to `<folder>/<variant>-seed<k>.log`, beside earlier logs; a failing one stops no other. Ctrl-C
+    (and SIGTERM) is passed on, so that every process saves a checkpoint, waited for, and raised again as
+    KeyboardInterrupt; the same call then goes on from there. A second one ends the processes at once.
 
-    Raises ValueError without GPU and `workers`, and if a record is of another run; what `load_corpus` raises.
+    Raises ValueError without GPU and `workers`, if a record is of another run, and for a folder that cannot be made;
+    what `load_corpus` raises.
     """
     waiting = deque(run for run in runs if not _stays(run, again))
     if len(waiting) < len(runs):
@@ -116,6 +117,11 @@ def run_all(runs: Sequence[Run], workers: int = 0, *, again: bool = False) -> li
     workers = workers or len(gpus)
     if workers < 1:
         raise ValueError("no GPU is visible: say how many processes run at a time, e.g. --parallel 2")
+    for folder in dict.fromkeys(Path(run.folder) for run in waiting):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be made ({error}): choose another folder for the records") from error
     for corpus, length, limit in dict.fromkeys((run.corpus, _length(run), run.max_tokens) for run in waiting):
         load_corpus(corpus, length, max_tokens=limit)  # build the cache once, not in every process
     places = [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
@@ -192,7 +198,6 @@ def _work(waiting: deque[Run], places: list[str | None], environment: dict[str, 
 
 def _start(run: Run, gpu: str | None, environment: dict[str, str], again: bool) -> _Job:
     folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{run.name}.log"
     if path.exists():  # of an earlier attempt, or of a process that still writes to it
         path.rename(next(kept for k in count(1) if not (kept := folder / f"{run.name}.{k}.log").exists()))
