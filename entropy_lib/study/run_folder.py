@@ -139,17 +139,19 @@ def held_folder(path: Path, lock: str, busy: str, option: str) -> Iterator[bool]
     """
     made, held = not path.exists(), FileLock(path / lock)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        held.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(busy) from None
-    except OSError as error:
-        raise ValueError(f"{option} {path} cannot be written to ({error}): choose another folder") from error
-    try:
-        yield made
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            held.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(busy) from None
+        except OSError as error:
+            raise ValueError(f"{option} {path} cannot be written to ({error}): choose another folder") from error
+        try:
+            yield made
+        finally:
+            (path / lock).unlink(missing_ok=True)  # before it is let go: who opened it meanwhile sees that it is gone
+            held.release()
     finally:
-        (path / lock).unlink(missing_ok=True)  # before it is let go: who opened it meanwhile sees that it is gone
-        held.release()
         if made:
             remove_if_empty(path)
 
@@ -307,8 +309,7 @@ def _fault(checkpoint: Path) -> str:
         try:
             check(checkpoint / name)
         except FileNotFoundError:
-            if name != "history.parquet":  # none before the first recorded step
-                return f"{name} is missing"
+            return f"{name} is missing"
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             return f"{name} cannot be read: {error}"
     return ""

@@ -18,7 +18,7 @@ from numbers import Integral
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, get_int_from_env
 from datasets import DatasetDict
 from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
@@ -126,8 +126,6 @@ def train_variant(
         raise ValueError("training_overrides cannot set output_dir: give run_dir, where checkpoints go")
     own = run_dir is None
     run_dir = cache_folder() / "runs" / digest(identity)[:16] if own else Path(run_dir)
-    # every checkpoint is kept until the one after it is whole, see MarkWhole
-    arguments = training_arguments(recipe, run_dir, seed, **{"save_total_limit": None, **(training_overrides or {})})
     folder = RunFolder(run_dir, identity, own)
     known = {
         "variant": variant.name,
@@ -154,7 +152,15 @@ def train_variant(
                 )
             return held.enter_context(folder).last_checkpoint()
 
-        checkpoint = _on_main_process(arguments, claim)
+        # Setting up the arguments takes accelerate's state away from a training in another thread, so not before the
+        # claim; but who is the main process is known only then.
+        processes = get_int_from_env(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1)
+        checkpoint = claim() if processes == 1 else None
+        # every checkpoint is kept until the one after it is whole, see MarkWhole
+        settings = {"save_total_limit": None, **(training_overrides or {})}
+        arguments = training_arguments(recipe, run_dir, seed, **settings)
+        if processes > 1:
+            checkpoint = _on_main_process(arguments, claim)
         bar = _Progress(variant.name, enabled=progress)
         record = _train(variant, recipe, dataset, config, arguments, folder, checkpoint, [*callbacks, bar], known)
         if arguments.should_save:
@@ -282,8 +288,7 @@ def _on_main_process(arguments: TrainingArguments, function: Callable[[], Path |
             outcome[0] = function()
         except ValueError as error:
             outcome[1] = str(error)
-    if arguments.world_size > 1:
-        broadcast_object_list(outcome)
+    broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise ValueError(outcome[1])
     return outcome[0]
