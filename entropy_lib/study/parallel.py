@@ -16,9 +16,9 @@ from typing import IO
 
 import torch
 
-from entropy_lib.study.corpus import CORPORA, corpus_hash, load_corpus
+from entropy_lib.study.corpus import CORPORA, load_corpus
+from entropy_lib.study.identity import corpus_identity, differences, known_corpus, record_identity, run_identity
 from entropy_lib.study.recipes import get_recipe
-from entropy_lib.study.run_folder import differences, known_corpus, record_identity, run_identity
 from entropy_lib.study.runs import RunRecord, read_summary
 from entropy_lib.variants import get_variant
 
@@ -68,7 +68,8 @@ class Run:
             corpus = known_corpus(self.corpus, self.max_tokens)
         else:
             dataset, tokenizer = load_corpus(self.corpus, _length(self), max_tokens=self.max_tokens)
-            corpus = {"sha256": corpus_hash(dataset), "vocab_size": len(tokenizer)}
+            known = corpus_identity(dataset, len(tokenizer))
+            corpus = {name: known[name] for name in ("sha256", "vocab_size")}
         return run_identity(
             get_variant(self.variant),
             size=self.size,

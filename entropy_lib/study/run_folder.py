@@ -1,8 +1,7 @@
-"""Which run a record or a checkpoint is of, and the folder that a run has to itself while it trains."""
+"""The folder that a run has to itself while it trains, the checkpoints in it, and the place of its record."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -20,10 +18,8 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
-from entropy_lib.study.corpus import CODEPARROT_TOKENS
-from entropy_lib.study.recipes import Recipe
-from entropy_lib.study.runs import written_whole
-from entropy_lib.variants import VARIANTS, Variant
+from entropy_lib.study.identity import differences, digest, record_identity
+from entropy_lib.study.runs import read_summary, record_path, written_whole
 
 # What the Trainer and our callbacks write into a checkpoint, the marker of a whole one last.
 MARKER = "whole.json"
@@ -32,102 +28,6 @@ CHECKPOINT_FILES = (
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "history.parquet",
     ".history.parquet.*.tmp", f".{MARKER}.*.tmp", "trainer_state.json",
 )  # fmt: skip
-
-
-# -- identity
-
-
-def run_identity(
-    variant: Variant,
-    *,
-    size: str,
-    seed: int,
-    corpus: dict,
-    recipe: Recipe | dict,
-    model_config: dict | None = None,
-    training_overrides: dict | None = None,
-) -> dict:
-    """Everything that determines a run's result, as plain JSON types.
-
-    `corpus` is what is known of it: "sha256" and "vocab_size", or "name" and "max_tokens" of a known one. A field that
-    a recipe on record lacks was added since, and has its default. ValueError for what JSON does not hold.
-    """
-    model_config = dict(model_config or {})
-    if placement := model_config.pop("norm_placement", None):
-        variant = variant.placed(placement)
-    if isinstance(recipe, Recipe):
-        recipe = asdict(recipe)
-    return {
-        "variant": _plain("variant", asdict(variant)),
-        "size": size,
-        "seed": seed,
-        "corpus": corpus,
-        "recipe": _plain("recipe", asdict(Recipe()) | recipe),
-        "model_config": _plain("model_config", model_config),
-        "training_overrides": _plain("training_overrides", training_overrides or {}),
-    }
-
-
-def record_identity(summary: dict) -> dict:
-    """The identity of a run on record, from what its JSON file holds."""
-    variant = summary.get("variant_config") or asdict(VARIANTS.get(summary["variant"], Variant(summary["variant"])))
-    if "max_tokens" in summary:
-        max_tokens = summary["max_tokens"]
-    else:  # recorded before the field was: the command tells
-        given = re.findall(r"--max-t[a-z-]*[= ](\d+)", summary["command"])
-        max_tokens = int(given[-1]) if given else None
-    return run_identity(
-        Variant(**variant),
-        size=summary["size"],
-        seed=summary["seed"],
-        corpus={
-            **known_corpus(summary["corpus"], max_tokens),
-            "sha256": summary["corpus_sha256"],
-            "vocab_size": summary["vocab_size"],
-        },
-        recipe=summary["recipe"],
-        model_config=summary["model_config"],
-        training_overrides=summary.get("training_overrides"),
-    )
-
-
-def known_corpus(name: str, max_tokens: int | None) -> dict:
-    """The identity of one of `CORPORA`: the same name gives the same tokens anywhere."""
-    return {"name": name, "max_tokens": max_tokens or (CODEPARROT_TOKENS if name == "codeparrot" else None)}
-
-
-def differences(wanted: dict, found: dict) -> str:
-    """Where an identity differs from the one that is wanted, in words; "" if nowhere. Of the corpus, what is wanted."""
-    found = {**found, "corpus": {key: found["corpus"].get(key) for key in wanted["corpus"]}}
-    names, details = [], []
-    for name, value in wanted.items():
-        if found.get(name) == value:
-            continue
-        names.append(name)
-        if isinstance(value, dict) and isinstance(found.get(name), dict):
-            for key in sorted({*value, *found[name]}):
-                if value.get(key) != found[name].get(key):
-                    details.append(f"{key} {found[name].get(key)!r}, wanted {value.get(key)!r}")
-        else:
-            details.append(f"{name} {found.get(name)!r}, wanted {value!r}")
-    return f"{', '.join(names)} differ: {'; '.join(details)}" if names else ""
-
-
-def digest(identity: dict) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(name: str, values: dict) -> dict:
-    plain = {}
-    for key, value in values.items():
-        try:
-            plain[key] = json.loads(json.dumps(value, allow_nan=False))
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{name} goes on record, as JSON, which cannot hold {key}={value!r}: {error}") from error
-    return plain
-
-
-# -- the folder
 
 
 @contextmanager
@@ -159,6 +59,22 @@ def held_folder(path: Path, lock: str, busy: str, option: str) -> Iterator[bool]
 def remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()
+
+
+@contextmanager
+def place_of_record(folder: Path, name: str, identity: dict, overwrite: bool) -> Iterator[None]:
+    """Hold a record's place while its run trains. ValueError for what would be lost there, or could not be written."""
+    path = record_path(folder, name)
+    busy = f"another process trains {name} with its record in {folder}: wait for it, or give another output_dir"
+    with held_folder(folder, f".{name}.parquet.lock", busy, "output_dir"):
+        for file in (path, path.with_suffix(".parquet")):
+            if file.exists() and not file.is_file():
+                raise ValueError(f"{file} is no file, and in the place of one: choose another output_dir")
+        if path.exists() and not overwrite:
+            differing = differences(identity, record_identity(read_summary(path)))
+            if differing:
+                raise ValueError(f"{path} is of another run ({differing}): choose another output_dir, or move it away")
+        yield
 
 
 class RunFolder:

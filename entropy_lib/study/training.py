@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -25,19 +25,11 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from entropy_lib.modeling import build_model
 from entropy_lib.study.cache import cache_folder
-from entropy_lib.study.corpus import CORPORA, corpus_hash, load_corpus, max_tokens_of
+from entropy_lib.study.corpus import load_corpus
+from entropy_lib.study.identity import corpus_identity, digest, run_identity
 from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe, training_arguments
-from entropy_lib.study.run_folder import (
-    MarkWhole,
-    RunFolder,
-    differences,
-    digest,
-    held_folder,
-    record_identity,
-    remove,
-    run_identity,
-)
-from entropy_lib.study.runs import RunRecord, read_summary, record_path
+from entropy_lib.study.run_folder import MarkWhole, RunFolder, place_of_record, remove
+from entropy_lib.study.runs import RunRecord
 from entropy_lib.study.speed import model_flops_per_token, steady_tokens_per_second
 from entropy_lib.study.trainer import EntropyTrainer, TokenBlocks, collate_blocks
 from entropy_lib.variants import Variant, get_variant
@@ -97,7 +89,6 @@ def train_variant(
             f"the corpus has {len(dataset['train'])} training blocks of {recipe.context_length} tokens, a step takes "
             f"sequences_per_step={recipe.sequences_per_step}"
         )
-    data_hash = corpus_hash(dataset)
     config = {
         "vocab_size": len(tokenizer),
         "n_positions": recipe.context_length,
@@ -107,17 +98,12 @@ def train_variant(
         "eos_token_id": tokenizer.eos_token_id,
         **(model_config or {}),
     }
-    corpus_name, max_tokens = _corpus_name(dataset), max_tokens_of(dataset)
+    text = corpus_identity(dataset, config["vocab_size"])
     identity = run_identity(
         variant,
         size=size,
         seed=seed,
-        corpus={
-            "name": corpus_name,
-            "max_tokens": max_tokens,
-            "sha256": data_hash,
-            "vocab_size": config["vocab_size"],
-        },
+        corpus=text,
         recipe=recipe,
         model_config=model_config,
         training_overrides=training_overrides,
@@ -130,14 +116,14 @@ def train_variant(
     known = {
         "variant": variant.name,
         "size": size,
-        "corpus": corpus_name,
+        "corpus": text["name"],
         "seed": seed,
-        "corpus_sha256": data_hash,
+        "corpus_sha256": text["sha256"],
         "context_length": recipe.context_length,
         "vocab_size": config["vocab_size"],
         "recipe": asdict(recipe),
         "model_config": model_config or {},
-        "max_tokens": max_tokens,
+        "max_tokens": text["max_tokens"],
         "variant_config": asdict(variant),
         "training_overrides": training_overrides or {},
         "command": _command(variant.name, size, seed),
@@ -147,9 +133,7 @@ def train_variant(
 
         def claim() -> Path | None:
             if output_dir is not None:
-                held.enter_context(
-                    _place_of_record(Path(output_dir), f"{variant.name}-seed{seed}", identity, overwrite)
-                )
+                held.enter_context(place_of_record(Path(output_dir), f"{variant.name}-seed{seed}", identity, overwrite))
             return held.enter_context(folder).last_checkpoint()
 
         # Setting up the arguments takes accelerate's state away from a training in another thread, so not before the
@@ -255,29 +239,6 @@ def _load(corpus: str | Path | Corpus, context_length: int) -> Corpus:
     if length != context_length:
         raise ValueError(f"the corpus has blocks of {length} tokens, the recipe's context_length is {context_length}")
     return dataset, tokenizer
-
-
-def _corpus_name(dataset: DatasetDict) -> str:
-    """A known corpus's name for it alone: text of the user's own that is called like one is "./name"."""
-    info = dataset["train"].info
-    name = info.dataset_name or "unnamed"
-    return f"./{name}" if name in CORPORA and info.description != CORPORA[name][0] else name
-
-
-@contextmanager
-def _place_of_record(folder: Path, name: str, identity: dict, overwrite: bool) -> Iterator[None]:
-    """Hold a record's place while its run trains. ValueError for what would be lost there, or could not be written."""
-    path = record_path(folder, name)
-    busy = f"another process trains {name} with its record in {folder}: wait for it, or give another output_dir"
-    with held_folder(folder, f".{name}.parquet.lock", busy, "output_dir"):
-        for file in (path, path.with_suffix(".parquet")):
-            if file.exists() and not file.is_file():
-                raise ValueError(f"{file} is no file, and in the place of one: choose another output_dir")
-        if path.exists() and not overwrite:
-            differing = differences(identity, record_identity(read_summary(path)))
-            if differing:
-                raise ValueError(f"{path} is of another run ({differing}): choose another output_dir, or move it away")
-        yield
 
 
 def _on_main_process(arguments: TrainingArguments, function: Callable[[], Path | None]) -> Path | None:

@@ -15,9 +15,11 @@ import pytest
 
 from entropy_lib.study import __main__ as command_line
 from entropy_lib.study import experiments, parallel
+from entropy_lib.study.corpus import load_corpus
+from entropy_lib.study.identity import corpus_identity
 from entropy_lib.study.parallel import Run, run_all
 from entropy_lib.study.recipes import Recipe, get_recipe
-from entropy_lib.study.runs import RunRecord, load_runs
+from entropy_lib.study.runs import RunRecord, compare, load_runs
 from entropy_lib.variants import VARIANTS
 
 # In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.
@@ -155,7 +157,14 @@ def test_a_corpus_given_by_path_is_its_content(tmp_path, text):
     text.write_text(text.read_text()[::-1])
     with pytest.raises(ValueError, match="corpus differ: sha256"):
         run.finished()
-    with pytest.raises(ValueError, match="corpus differ: name './sample'"):  # a folder of the user's that is called so
+    folder = tmp_path / "sample"
+    folder.mkdir()
+    text.rename(folder / "text.txt")
+    assert corpus_identity(load_corpus(folder, 16)[0], 1)["name"] == "./sample"
+    assert corpus_identity(load_corpus("sample", 16)[0], 1)["name"] == "sample"
+    with pytest.raises(
+        ValueError, match=r"corpus differ: name '\./sample'"
+    ):  # a folder of the user's that is called so
         on_record(replace(run, corpus="sample"), tmp_path, corpus="./sample").finished()
 
 
@@ -179,7 +188,7 @@ def test_a_torn_record_names_itself_and_again_replaces_it_with_a_word(tmp_path, 
         "mine",
     }
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="cannot be made .*choose another folder"):
+    with pytest.raises(ValueError, match=r"cannot be made .*choose another folder"):
         run_all([replace(run, folder=tmp_path / "file")], 1)
 
 
@@ -247,8 +256,15 @@ def test_part_of_a_corpus(tmp_path, text):
     command = ["--variant", "SM", "--corpus", str(text), *SMALL]
     assert command_line.main([*command, "--output", str(tmp_path / "all")]) == 0
     assert command_line.main([*command, "--output", str(tmp_path / "part"), "--max-tokens", "2000"]) == 0
-    hashes = {load_runs(tmp_path / name)[0].corpus_sha256 for name in ("all", "part")}
-    assert len(hashes) == 2
+    records = [load_runs(tmp_path / name)[0] for name in ("all", "part")]
+    assert len({record.corpus_sha256 for record in records}) == 2
+    assert [record.max_tokens for record in records] == [None, 2000]
+    with pytest.raises(ValueError, match="within one corpus"):
+        compare(records)
+    run = Run("SM", tmp_path / "part", recipe="smoke", size="tiny", corpus=str(text), max_tokens=2000)
+    run = replace(run, changes=command_line.recipe_changes(command_line.parser().parse_args(command)))
+    assert run.finished()
+    assert command_line.main([*command, "--output", str(tmp_path / "part")]) == 2  # not without --again
 
 
 # -- experiments
