@@ -87,18 +87,19 @@ def main(arguments: list[str] | None = None) -> int:
                 record = train_variant(
                     variant, corpus, recipe, size=options.size, seed=seed, output_dir=options.output,
                     model_config={"norm_placement": options.norm_placement} if options.norm_placement else None,
+                    overwrite=options.again,
                 )  # fmt: skip
                 records.append(record)
                 if main_process:
                     print(outcome(record), flush=True)
+        if main_process:
+            print_table(records)
     except KeyboardInterrupt as stopped:
         print(stopped or "interrupted", file=sys.stderr)
         return 130
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if main_process:
-        print_table(records)
     return 0
 
 

@@ -95,6 +95,12 @@ def corpus_hash(dataset: datasets.DatasetDict) -> str:
     return digest.hexdigest()
 
 
+def max_tokens_of(dataset: datasets.DatasetDict) -> int | None:
+    """The `max_tokens` that `load_corpus` cut its training split to, None if it took all."""
+    given = (dataset["train"].info.config_name or "").removeprefix("max_tokens=")
+    return int(given) if given.isdecimal() else None
+
+
 def unigram_entropy(dataset: datasets.DatasetDict, split: str = "train") -> float:
     """Entropy in nats of the token frequencies: what a model that ignores context reaches as its loss."""
     size = 1 + max(int(ids.max()) for ids in _id_arrays(dataset[split]))
@@ -124,7 +130,12 @@ def _blocks(
     ids = np.memmap(folder / f"{split}.bin", dtype=dtype, mode="r", shape=(rows * context_length,))
     values = pa.Array.from_buffers(pa.from_numpy_dtype(dtype), len(ids), [None, pa.py_buffer(ids)])
     table = pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(values, context_length)})
-    info = datasets.DatasetInfo(dataset_name=source.name, description=source.description, license=source.licence)
+    info = datasets.DatasetInfo(
+        dataset_name=source.name,
+        config_name=None if limit is None else f"max_tokens={limit}",
+        description=source.description,
+        license=source.licence,
+    )
     # datasets would otherwise pickle the whole table to name it
     fingerprint = hashlib.sha256(f"{known['sha256']} {context_length} {rows}".encode()).hexdigest()[:16]
     table = datasets.table.InMemoryTable(table)

@@ -1,8 +1,9 @@
 """`python -m entropy_lib.study.experiments table3`: the runs behind each table and figure, as data.
 
 Records go to `data/runs/<experiment>/[<setting>/]<variant>-seed<k>.{json,parquet}`. What is on record is not run again,
-so an interrupted list goes on when the same command is given again. Options change every run of an experiment, for a
-rehearsal at tiny size; its records go to build/experiments.
+so an interrupted list goes on when the same command is given again. An option that changes a run, whichever it is,
+makes a rehearsal of the list, at tiny size for instance; its records go to build/experiments. --only and --seeds choose
+among the runs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pandas as pd
 from entropy_lib.modeling import MODEL_SIZES
 from entropy_lib.study.__main__ import add_parallel_options, add_recipe_options, recipe_changes
 from entropy_lib.study.parallel import Run, exit_status, recorded, run_all, visible_gpus
+from entropy_lib.study.recipes import get_recipe
 from entropy_lib.study.runs import compare
 from entropy_lib.variants import NORM_PLACEMENTS, VARIANTS
 
@@ -211,12 +213,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="of these variants only")
+    parser.add_argument("--seeds", type=int, nargs="+", help="of these seeds only")
     parser.add_argument(
         "--output", type=Path, help="default: data/runs, or build/experiments if an option changes runs"
     )
     add_parallel_options(parser)
     changes = parser.add_argument_group("change every run")
-    changes.add_argument("--seeds", type=int, nargs="+", help="of these seeds only")
     changes.add_argument("--recipe")
     changes.add_argument("--size", choices=list(MODEL_SIZES))
     changes.add_argument("--corpus")
@@ -226,22 +228,36 @@ def parser() -> argparse.ArgumentParser:
 
 
 def expand(options: argparse.Namespace) -> dict[str, list[Run]]:
-    """The runs that the command line asks for, by setting ("" for none). ValueError for an unknown name."""
-    for kind, known, names in (("experiment", EXPERIMENTS, options.experiments), ("variant", VARIANTS, options.only)):
-        if unknown := set(names or ()) - set(known):
-            raise ValueError(f"unknown {kind} {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
-    overrides = {name: getattr(options, name) for name in ("recipe", "size", "corpus")}
+    """The runs that the command line asks for, by experiment and setting; a run that two share is in both.
+
+    ValueError for names, seeds and changes that there are none of.
+    """
+    planned = [run for name in options.experiments for run in EXPERIMENTS.get(name, Experiment("", "", ())).runs]
+    for kind, known, names in (
+        ("experiment", list(EXPERIMENTS), options.experiments),
+        ("variant of these experiments", [v for v in VARIANTS if any(v == r.variant for r in planned)], options.only),
+        ("seed of these experiments", sorted({run.seed for run in planned}), options.seeds),
+    ):
+        if unknown := [name for name in names or () if name not in known]:
+            raise ValueError(f"unknown {kind} {', '.join(map(str, unknown))}; choose from {', '.join(map(str, known))}")
+    overrides = {name: getattr(options, name) for name in ("recipe", "size", "corpus", "max_tokens")}
     overrides = {name: value for name, value in overrides.items() if value is not None}
-    changes = recipe_changes(options)
-    root = options.output or Path("build/experiments" if overrides or changes else "data/runs")
-    runs: dict[str, list[Run]] = {}
-    wanted = {run.record: run for name in options.experiments for run in EXPERIMENTS[name].runs}  # shared ones once
-    for run in wanted.values():
-        if run.variant in (options.only or VARIANTS) and run.seed in (options.seeds or (run.seed,)):
-            overrides |= {"folder": root / run.folder, "changes": run.changes | changes}
-            setting = "/".join(run.folder.parts[1:])
-            runs.setdefault(setting, []).append(replace(run, max_tokens=options.max_tokens, **overrides))
-    return runs
+    runs: dict[str, list[tuple[Run, Run]]] = {}
+    for name in options.experiments:
+        for run in EXPERIMENTS[name].runs:
+            if run.variant in (options.only or VARIANTS) and run.seed in (options.seeds or (run.seed,)):
+                changed = replace(run, changes=run.changes | recipe_changes(options), **overrides)
+                runs.setdefault("/".join((name, *run.folder.parts[1:])), []).append((run, changed))
+    if not runs:
+        raise ValueError("no run of these experiments is of these variants and seeds")
+    rehearsal = any(_settings(run) != _settings(changed) for pairs in runs.values() for run, changed in pairs)
+    root = options.output or Path("build/experiments" if rehearsal else "data/runs")
+    return {key: [replace(new, folder=root / new.folder) for _, new in pairs] for key, pairs in runs.items()}
+
+
+def _settings(run: Run) -> Run:
+    """A run with its recipe written out: what another must equal to be the same."""
+    return replace(run, recipe="", changes=asdict(get_recipe(run.recipe, **run.changes)))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -252,18 +268,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         settings = expand(options)
-        runs = [run for group in settings.values() for run in group]
+        runs = list({run.record: run for group in settings.values() for run in group}.values())  # shared ones once
         if options.dry_run:
             print("\n".join(shlex.join(["python", *run.command()]) for run in runs))
             return 0
+        if options.again:  # repeats a run on record, and takes no other's place
+            _ = [run.finished() for run in runs]
         failed = run_all(runs, options.parallel or len(visible_gpus()) or 1, again=options.again)
+        tables = {setting: compare(records) for setting, group in settings.items() if (records := recorded(group))}
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, ConnectionError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    tables = {setting: compare(records) for setting, group in settings.items() if (records := recorded(group))}
     if tables:
         print(pd.concat(tables).to_string(float_format="{:.3g}".format))
     return exit_status(failed)

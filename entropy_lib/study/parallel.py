@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -10,15 +9,18 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO
 
 import torch
 
 from entropy_lib.study.corpus import CORPORA, load_corpus
+from entropy_lib.study.identity import corpus_identity, differences, known_corpus, record_identity, run_identity
 from entropy_lib.study.recipes import get_recipe
-from entropy_lib.study.runs import RunRecord
+from entropy_lib.study.runs import RunRecord, read_summary
+from entropy_lib.variants import get_variant
 
 
 @dataclass(frozen=True)
@@ -60,20 +62,29 @@ class Run:
                 words += [f"--{option}", str(value)]
         return words
 
+    def identity(self) -> dict:
+        """What determines its result, as far as can be said without training: a path's corpus by its content."""
+        if self.corpus in CORPORA:
+            corpus = known_corpus(self.corpus, self.max_tokens)
+        else:
+            dataset, tokenizer = load_corpus(self.corpus, _length(self), max_tokens=self.max_tokens)
+            known = corpus_identity(dataset, len(tokenizer))
+            corpus = {name: known[name] for name in ("sha256", "vocab_size")}
+        return run_identity(
+            get_variant(self.variant),
+            size=self.size,
+            seed=self.seed,
+            corpus=corpus,
+            recipe=get_recipe(self.recipe, **self.changes),
+            model_config={"norm_placement": self.norm_placement},
+        )
+
     def finished(self) -> bool:
-        """Whether its record is there. ValueError if the record is of another run of the same name."""
+        """Whether its record is there. ValueError if what is there is torn, or the record of another run."""
         if not self.record.exists():
             return False
-        found = json.loads(self.record.read_text())
-        recipe = asdict(get_recipe(self.recipe, **self.changes))
-        wanted = {"size": self.size, "recipe": recipe, "model_config": self.norm_placement or None}
-        found["recipe"] = recipe | found["recipe"]  # recorded before a field was added: its default
-        found["model_config"] = found["model_config"].get("norm_placement")
-        if self.corpus in CORPORA:  # a path's corpus has the name of its file
-            wanted["corpus"] = self.corpus
-        differing = [name for name, value in wanted.items() if found[name] != value]
-        if differing:
-            raise ValueError(f"{self.record} is of another run ({', '.join(differing)} differ): --again replaces it")
+        if differing := differences(self.identity(), record_identity(read_summary(self.record))):
+            raise ValueError(f"{self.record} is of another run ({differing}): choose another folder, or move it away")
         return True
 
 
@@ -91,21 +102,27 @@ def run_all(runs: Sequence[Run], workers: int = 0, *, again: bool = False) -> li
     Args:
         runs: in this order; those whose record is there are left out.
         workers: processes at a time, spread over the visible GPUs; 0 for one a GPU.
-        again: also what has a record.
+        again: also what has a record; that of another run too is replaced, with a line that says so.
 
-    Each process writes to `<folder>/<variant>-seed<k>.log`; a failing one stops no other. Ctrl-C (and SIGTERM) is
-    passed on, so that every process saves a checkpoint, waited for, and raised again as KeyboardInterrupt; the same
-    call then goes on from there. A second one ends the processes at once.
+    Each process writes to `<folder>/<variant>-seed<k>.log`, beside earlier logs; a failing one stops no other. Ctrl-C
+    (and SIGTERM) is passed on, so that every process saves a checkpoint, waited for, and raised again as
+    KeyboardInterrupt; the same call then goes on from there. A second one ends the processes at once.
 
-    Raises ValueError without GPU and `workers`, and if a record is of another run; what `load_corpus` raises.
+    Raises ValueError without GPU and `workers`, if a record is of another run, and for a folder that cannot be made;
+    what `load_corpus` raises.
     """
-    waiting = deque(run for run in runs if again or not run.finished())
+    waiting = deque(run for run in runs if not _stays(run, again))
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are on record already", flush=True)
     gpus = visible_gpus()
     workers = workers or len(gpus)
     if workers < 1:
         raise ValueError("no GPU is visible: say how many processes run at a time, e.g. --parallel 2")
+    for folder in dict.fromkeys(Path(run.folder) for run in waiting):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be made ({error}): choose another folder for the records") from error
     for corpus, length, limit in dict.fromkeys((run.corpus, _length(run), run.max_tokens) for run in waiting):
         load_corpus(corpus, length, max_tokens=limit)  # build the cache once, not in every process
     places = [gpus[i % len(gpus)] if gpus else None for i in range(workers)]
@@ -115,7 +132,7 @@ def run_all(runs: Sequence[Run], workers: int = 0, *, again: bool = False) -> li
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(min(4, cores) if gpus else cores)}
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        return _work(waiting, places, threads)
+        return _work(waiting, places, threads, again)
     finally:
         signal.signal(signal.SIGTERM, terminate)
 
@@ -145,12 +162,23 @@ class _Job:
     started: float
 
 
-def _work(waiting: deque[Run], places: list[str | None], environment: dict[str, str]) -> list[Run]:
+def _stays(run: Run, again: bool) -> bool:
+    """Whether a run's record is there and stays."""
+    try:
+        return run.finished() and not again
+    except ValueError as error:
+        if not again:
+            raise
+        print(f"to be replaced: {error}", flush=True)
+        return False
+
+
+def _work(waiting: deque[Run], places: list[str | None], environment: dict[str, str], again: bool) -> list[Run]:
     total, done, failed, jobs = len(waiting), 0, [], []
     try:
         while waiting or jobs:
             while waiting and places:
-                jobs.append(_start(waiting.popleft(), places.pop(0), environment))
+                jobs.append(_start(waiting.popleft(), places.pop(0), environment, again))
             for job in [job for job in jobs if job.process.poll() is not None]:
                 jobs.remove(job)
                 places.append(job.gpu)
@@ -169,12 +197,14 @@ def _work(waiting: deque[Run], places: list[str | None], environment: dict[str, 
     return failed
 
 
-def _start(run: Run, gpu: str | None, environment: dict[str, str]) -> _Job:
+def _start(run: Run, gpu: str | None, environment: dict[str, str], again: bool) -> _Job:
     folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    log = open(folder / f"{run.name}.log", "w")  # noqa: SIM115 - closed when the process has ended
+    path = folder / f"{run.name}.log"
+    if path.exists():  # of an earlier attempt, or of a process that still writes to it
+        path.rename(next(kept for k in count(1) if not (kept := folder / f"{run.name}.{k}.log").exists()))
+    log = open(path, "x+", errors="replace")  # noqa: SIM115 - closed when the process has ended
     process = subprocess.Popen(
-        [sys.executable, *run.command()],
+        [sys.executable, *run.command(), *(["--again"] if again else [])],
         env={**os.environ, **environment, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})},
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -186,8 +216,9 @@ def _start(run: Run, gpu: str | None, environment: dict[str, str]) -> _Job:
 
 
 def _outcome(job: _Job) -> str:
+    job.log.seek(0)
+    text = job.log.read()
     job.log.close()
-    text = Path(job.log.name).read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.strip()] or ["no output"]
     if job.process.returncode:
         return f"{job.run.folder}: {job.run.name} FAILED after {_minutes(job)}, {lines[-1]} (see {job.log.name})"

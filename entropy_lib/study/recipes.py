@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from pathlib import Path
 
 import torch
@@ -63,9 +65,22 @@ class Recipe:
     max_skipped_in_a_row: int = 20
 
     def __post_init__(self):
-        for name in ("steps", "context_length", "sequences_per_step", "micro_batch", "entropy_every", "eval_blocks"):
+        for entry in fields(self):
+            value, kind = getattr(self, entry.name), int if entry.default is None else type(entry.default)
+            if value is None and entry.default is None:
+                continue
+            wanted = {int: Integral, float: Real}.get(kind, kind)
+            if not isinstance(value, wanted) or (kind is not bool and isinstance(value, bool)):
+                raise ValueError(f"{entry.name} must be of type {kind.__name__}, got {value!r}")
+            if kind in (int, float) and not 0 <= value < math.inf:
+                raise ValueError(f"{entry.name} must be finite and not negative, got {value!r}")
+            object.__setattr__(self, entry.name, kind(value))  # a NumPy number is none for the record's JSON
+        for name in ("steps", "context_length", "sequences_per_step", "micro_batch", "entropy_every", "eval_blocks",
+                     "max_skipped_in_a_row"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature_init:
+            raise ValueError("temperature_init must be above 0, got 0.0: the model divides by it")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         if self.precision not in ("float32", "bfloat16"):

@@ -206,7 +206,7 @@ def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
     rows = []
     for run in planned:
         found = _on_record([run], runs)
-        recipe = asdict(_recipe(run)) | (found[0].recipe if found else {})
+        recipe = asdict(_recipe(run))
         row = {"variant": _row(run), "seed": run.seed} | {name: recipe[name] for name in settings}
         record = found[0] if found else None
         rows.append(row | (_outcome(record, baselines.get(_budget(run), [])) if record else {"status": MISSING}))

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 
@@ -31,6 +36,9 @@ class RunRecord:
     `tokens_per_second` (over all processes) does not, see `steady_tokens_per_second`; `tflops` is what a process
     (a GPU) achieved of it by `training_flops_per_token`, in 10¹² a second, None in records older than the field,
     whose tokens_per_second are tokens over minutes. `peak_memory_gib` is GPU memory, 0 on a CPU.
+
+    `max_tokens` is what the corpus was cut to, `variant_config` the fields of the `Variant`; both, and
+    `training_overrides`, are empty in records older than the fields. `history_sha256` is of the Parquet file.
 
     The history of a record that was loaded is read at its first use.
     """
@@ -61,6 +69,10 @@ class RunRecord:
     versions: dict[str, str] = field(repr=False)
     history: pd.DataFrame = field(repr=False)
     tflops: float | None = None
+    max_tokens: int | None = None
+    variant_config: dict = field(default_factory=dict, repr=False)
+    training_overrides: dict = field(default_factory=dict, repr=False)
+    history_sha256: str | None = field(default=None, repr=False)
     model: object = field(default=None, repr=False, compare=False)  # the trained model, not written to disk
     path: Path | None = field(default=None, repr=False, compare=False)  # the JSON file it was read from
 
@@ -94,30 +106,89 @@ class RunRecord:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in skip}
 
     def save(self, folder: str | Path) -> Path:
-        """Write `<folder>/<variant>-seed<k>.json` and `.parquet`; returns the JSON's path."""
+        """Write `<folder>/<variant>-seed<k>.json` and `.parquet`, both or neither; returns the JSON's path.
+
+        A record of the same name is replaced.
+        """
         folder = Path(folder)
+        path = record_path(folder, self.name)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
-        write_history(self.history, folder / f"{self.name}.parquet")
-        path.write_text(json.dumps(self.summary(), indent=1, allow_nan=False) + "\n")
+        with written_whole(path.with_suffix(".parquet"), path) as (history, summary):
+            write_history(self.history, history)
+            self.history_sha256 = _sha256(history)
+            summary.write_text(json.dumps(self.summary(), indent=1, allow_nan=False) + "\n")
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> RunRecord:
-        """Read a record from the path of its JSON file."""
+        """Read a record from the path of its JSON file. ValueError if it is torn, or its history another run's."""
         path = Path(path)
         if path.suffix != ".json" or not path.exists():
             raise ValueError(f"expected the .json file of a run record, got {path}")
-        summary = json.loads(path.read_text())
-        missing = {f.name for f in fields(cls) if f.default is MISSING} - {"history"} - set(summary)
-        if missing:
-            raise ValueError(f"{path.name} is not a run record: it lacks {', '.join(sorted(missing))}")
-        if not path.with_suffix(".parquet").exists():
-            raise ValueError(f"{path.name} has no history beside it, {path.with_suffix('.parquet').name}")
+        summary, history = read_summary(path), path.with_suffix(".parquet")
+        if unknown := set(summary) - ({f.name for f in fields(cls)} - {"history", "model", "path"}):
+            raise ValueError(f"{path} has fields of a later version of entropy_lib: {', '.join(sorted(unknown))}")
+        if not history.exists():
+            raise ValueError(f"{path} has no history beside it, {history.name}: {_WAY_OUT}")
+        if (wanted := summary.get("history_sha256")) and _sha256(history) != wanted:
+            raise ValueError(f"{history} is torn, or the history of another run than {path.name}: {_WAY_OUT}")
         record = cls(**summary, history=None, path=path)
-        record._history_path = path.with_suffix(".parquet")
+        record._history_path = history
         del record.history  # see __getattr__
         return record
+
+
+_WAY_OUT = "restore it, or delete the record's two files and run it again"
+
+
+def record_path(folder: Path, name: str) -> Path:
+    """The JSON file of a record, whose name must be one of a file."""
+    if Path(name).name != name:
+        raise ValueError(f"a record is a file, and {name!r} is no name of one: give the variant another name")
+    return folder / f"{name}.json"
+
+
+def read_summary(path: Path) -> dict:
+    """What the JSON file of a record holds. ValueError if that is not a whole record."""
+    try:
+        summary = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is torn or no run record ({error}): {_WAY_OUT}") from error
+    required = {f.name for f in fields(RunRecord) if f.default is MISSING and f.default_factory is MISSING}
+    if not isinstance(summary, dict) or (missing := required - {"history"} - set(summary)):
+        lacks = f"it lacks {', '.join(sorted(missing))}" if isinstance(summary, dict) else "it holds no object"
+        raise ValueError(f"{path} is not a run record: {lacks}")
+    return summary
+
+
+@contextmanager
+def written_whole(*paths: Path) -> Iterator[list[Path]]:
+    """Temporary paths to write to; they take the places of `paths`, all or none, once everything is written."""
+    mark = secrets.token_hex(4)
+    temporary, kept = ([path.with_name(f".{path.name}.{mark}.{end}") for path in paths] for end in ("tmp", "old"))
+    replaced = []
+    try:
+        yield temporary
+        for path, old in zip(paths[:-1], kept, strict=False):  # to go back to, should a later one fail
+            if path.exists():
+                shutil.copy2(path, old)
+        for new, path, old in zip(temporary, paths, kept, strict=True):
+            os.replace(new, path)
+            replaced.append((path, old))
+    except BaseException:
+        for path, old in replaced:
+            if old.exists():
+                os.replace(old, path)
+            else:
+                path.unlink(missing_ok=True)
+        raise
+    finally:
+        for path in (*temporary, *kept):
+            path.unlink(missing_ok=True)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_history(history: pd.DataFrame, path: Path) -> None:
@@ -134,7 +205,11 @@ def write_history(history: pd.DataFrame, path: Path) -> None:
 
 
 def read_history(path: Path) -> pd.DataFrame:
-    return pd.DataFrame(pq.read_table(path).to_pylist())
+    """What `write_history` wrote. ValueError that names the file if it is torn."""
+    try:
+        return pd.DataFrame(pq.read_table(path).to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{path} is torn or no history of a run ({error}): {_WAY_OUT}") from error
 
 
 def load_runs(folder: str | Path) -> list[RunRecord]:
@@ -151,12 +226,12 @@ def compare(records: Iterable[RunRecord], baseline: str = "SM+LN+G") -> pd.DataF
     The gap is relative, PPL/PPL_baseline - 1, and NaN without a baseline run. The spread is the sample standard
     deviation over seeds, NaN for one seed. Bands are Figure 2a's, averaged over runs; a collapsed run is counted in
     `collapsed` and has no perplexity, whatever its last finite weights still give. Raises ValueError for records of
-    different corpora, sizes or context lengths.
+    different corpora (by name and by content), sizes or context lengths.
     """
     records = list(records)
     if not records:
         raise ValueError("no run records to compare")
-    settings = {(record.corpus, record.size, record.context_length) for record in records}
+    settings = {(record.corpus, record.corpus_sha256[:8], record.size, record.context_length) for record in records}
     if len(settings) > 1:
         raise ValueError(f"perplexities compare within one corpus, size and context length only, got {settings}")
     rows = [

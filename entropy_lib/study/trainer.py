@@ -18,7 +18,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from entropy_lib.entropy import head_means
 from entropy_lib.regularization import EntropyRegularization
-from entropy_lib.study.runs import read_history, write_history
+from entropy_lib.study.runs import read_history, write_history, written_whole
 
 
 class TokenBlocks(torch.utils.data.Dataset):
@@ -312,4 +312,5 @@ class _RecordAndSkip(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.trainer.history:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            write_history(self.trainer.history_frame(), folder / "history.parquet")
+            with written_whole(folder / "history.parquet") as (temporary,):
+                write_history(self.trainer.history_frame(), temporary)

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import platform
 import shlex
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from numbers import Integral
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list, get_int_from_env
 from datasets import DatasetDict
 from tqdm.std import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
 
 from entropy_lib.modeling import build_model
 from entropy_lib.study.cache import cache_folder
-from entropy_lib.study.corpus import corpus_hash, load_corpus
+from entropy_lib.study.corpus import load_corpus
+from entropy_lib.study.identity import corpus_identity, digest, run_identity
 from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe, training_arguments
+from entropy_lib.study.run_folder import MarkWhole, RunFolder, place_of_record, remove
 from entropy_lib.study.runs import RunRecord
 from entropy_lib.study.speed import model_flops_per_token, steady_tokens_per_second
 from entropy_lib.study.trainer import EntropyTrainer, TokenBlocks, collate_blocks
@@ -52,6 +52,7 @@ def train_variant(
     callbacks: Sequence[TrainerCallback] = (),
     model_config: dict | None = None,
     training_overrides: dict | None = None,
+    overwrite: bool = False,
 ) -> RunRecord:
     """Train one variant and return its record; the trained model is `record.model`.
 
@@ -68,19 +69,26 @@ def train_variant(
             history as it is recorded, e.g. to draw live curves.
         model_config: fields of `EntropyGPT2Config` to set, e.g. {"norm_placement": "QK+FFN"}.
         training_overrides: fields of transformers' `TrainingArguments` to set, e.g. {"use_cpu": True}.
+        overwrite: whether a record of another run with the same name in `output_dir` may be replaced.
 
     A run that was interrupted (Ctrl-C, or the notebook's stop button) leaves a checkpoint in `run_dir` and raises
-    KeyboardInterrupt; the same call takes it up there and gives the same losses as without the interruption. A
-    finished run removes its checkpoints. ValueError if `run_dir` holds another run's checkpoint.
+    KeyboardInterrupt; the same call takes it up there and gives the same losses as without the interruption. After a
+    kill it goes on from the last whole checkpoint. A finished run removes its checkpoints, and nothing else.
+
+    Before the first step ValueError is raised for what could not be put on record at the end, for a `run_dir` that
+    holds another run's checkpoint or that another process is at work in, and for an `output_dir` that cannot be
+    written to or whose record of the same name is of another run.
     """
     variant, recipe = get_variant(variant), get_recipe(recipe)
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+    seed = int(seed)  # a NumPy integer is none for JSON
     dataset, tokenizer = _load(corpus, recipe.context_length)
     if len(dataset["train"]) < recipe.sequences_per_step:
         raise ValueError(
             f"the corpus has {len(dataset['train'])} training blocks of {recipe.context_length} tokens, a step takes "
             f"sequences_per_step={recipe.sequences_per_step}"
         )
-    data_hash = corpus_hash(dataset)
     config = {
         "vocab_size": len(tokenizer),
         "n_positions": recipe.context_length,
@@ -90,18 +98,77 @@ def train_variant(
         "eos_token_id": tokenizer.eos_token_id,
         **(model_config or {}),
     }
-    identity = {
-        "variant": asdict(variant),
+    text = corpus_identity(dataset, config["vocab_size"])
+    identity = run_identity(
+        variant,
+        size=size,
+        seed=seed,
+        corpus=text,
+        recipe=recipe,
+        model_config=model_config,
+        training_overrides=training_overrides,
+    )
+    if "output_dir" in (training_overrides or {}):
+        raise ValueError("training_overrides cannot set output_dir: give run_dir, where checkpoints go")
+    own = run_dir is None
+    run_dir = cache_folder() / "runs" / digest(identity)[:16] if own else Path(run_dir)
+    folder = RunFolder(run_dir, identity, own)
+    known = {
+        "variant": variant.name,
         "size": size,
+        "corpus": text["name"],
         "seed": seed,
-        "corpus_sha256": data_hash,
+        "corpus_sha256": text["sha256"],
+        "context_length": recipe.context_length,
+        "vocab_size": config["vocab_size"],
         "recipe": asdict(recipe),
-        "model_config": config,
+        "model_config": model_config or {},
+        "max_tokens": text["max_tokens"],
+        "variant_config": asdict(variant),
+        "training_overrides": training_overrides or {},
+        "command": _command(variant.name, size, seed),
+        "versions": _versions(),
     }
-    run_dir = _claim_run_dir(run_dir, identity)
-    set_seed(seed)
-    model = build_model(variant, size, **config)
-    arguments = training_arguments(recipe, run_dir, seed, **(training_overrides or {}))
+    with ExitStack() as held:
+
+        def claim() -> Path | None:
+            if output_dir is not None:
+                held.enter_context(place_of_record(Path(output_dir), f"{variant.name}-seed{seed}", identity, overwrite))
+            return held.enter_context(folder).last_checkpoint()
+
+        # Setting up the arguments takes accelerate's state away from a training in another thread, so not before the
+        # claim; but who is the main process is known only then.
+        processes = get_int_from_env(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), 1)
+        checkpoint = claim() if processes == 1 else None
+        # every checkpoint is kept until the one after it is whole, see MarkWhole
+        settings = {"save_total_limit": None, **(training_overrides or {})}
+        arguments = training_arguments(recipe, run_dir, seed, **settings)
+        if processes > 1:
+            checkpoint = _on_main_process(arguments, claim)
+        bar = _Progress(variant.name, enabled=progress)
+        record = _train(variant, recipe, dataset, config, arguments, folder, checkpoint, [*callbacks, bar], known)
+        if arguments.should_save:
+            if output_dir is not None:
+                record.save(output_dir)
+            for whole in folder.checkpoints():
+                remove(whole)
+    return record
+
+
+def _train(
+    variant: Variant,
+    recipe: Recipe,
+    dataset: DatasetDict,
+    config: dict,
+    arguments: TrainingArguments,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    callbacks: Sequence[TrainerCallback],
+    known: dict,
+) -> RunRecord:
+    """The training itself; `known` are the fields of the record that are known before."""
+    set_seed(known["seed"])
+    model = build_model(variant, known["size"], **config)
     blocks = dataset["validation"]
     trainer = EntropyTrainer(
         model=model,
@@ -112,11 +179,12 @@ def train_variant(
         entropy_every=recipe.entropy_every,
         max_skipped_in_a_row=recipe.max_skipped_in_a_row,
         warmup_from_zero=recipe.warmup_from_zero,
-        callbacks=[*callbacks, _Progress(variant.name, enabled=progress)],
+        callbacks=list(callbacks),
     )
+    trainer.add_callback(MarkWhole(folder, trainer.accelerator))
     started = time.monotonic()
     with _stop_on_interrupt(trainer) as interrupted:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(run_dir))
+        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if interrupted.is_set() and trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(
             f"{variant.name}: stopped after step {trainer.state.global_step} of {recipe.steps}; "
@@ -133,11 +201,8 @@ def train_variant(
     tokens_per_second = steady_tokens_per_second(history)
     if math.isnan(tokens_per_second):  # too short to tell
         tokens_per_second = tokens / seconds
-    record = RunRecord(
-        variant=variant.name,
-        size=size,
-        corpus=dataset["train"].info.dataset_name or "unnamed",
-        seed=seed,
+    return RunRecord(
+        **known,
         tokens=tokens,
         eval_loss=eval_loss if math.isfinite(eval_loss) else None,
         eval_perplexity=math.exp(eval_loss) if eval_loss < 700 else None,
@@ -150,52 +215,45 @@ def train_variant(
         tokens_per_second=tokens_per_second,
         tflops=tokens_per_second * model_flops_per_token(model) / arguments.world_size / 1e12,
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if arguments.device.type == "cuda" else 0.0,
-        corpus_sha256=data_hash,
-        context_length=recipe.context_length,
-        vocab_size=config["vocab_size"],
         processes=arguments.world_size,
         entropy=entropy.tolist(),
-        recipe=asdict(recipe),
-        model_config=model_config or {},
-        command=_command(variant.name, size, seed),
-        versions=_versions(),
         history=history,
         model=model.eval(),
     )
-    if arguments.should_save:
-        if output_dir is not None:
-            record.save(output_dir)
-        shutil.rmtree(run_dir, ignore_errors=True)
-    return record
 
 
 def _load(corpus: str | Path | Corpus, context_length: int) -> Corpus:
-    if isinstance(corpus, (str, Path)):
+    if isinstance(corpus, (str, os.PathLike)):
         return load_corpus(corpus, context_length)
-    dataset, tokenizer = corpus
+    try:
+        dataset, tokenizer = corpus
+        lengths = [len(dataset["train"]), len(dataset["validation"]), len(tokenizer)]
+        _ = tokenizer.bos_token_id, tokenizer.eos_token_id
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"a corpus is a name, a path, or (DatasetDict with train and validation, transformers tokenizer) as "
+            f"load_corpus returns it, got {type(corpus).__name__} ({type(error).__name__}: {error})"
+        ) from error
+    if not all(lengths):
+        raise ValueError("training blocks, validation blocks, tokens of the tokenizer: got {}, {}, {}".format(*lengths))
     length = len(dataset["train"][0]["input_ids"])
     if length != context_length:
         raise ValueError(f"the corpus has blocks of {length} tokens, the recipe's context_length is {context_length}")
     return dataset, tokenizer
 
 
-def _claim_run_dir(run_dir: str | Path | None, identity: dict) -> Path:
-    """The folder of exactly this run; it remembers which run it is."""
-    text = json.dumps(identity, sort_keys=True)
-    if run_dir is None:
-        run_dir = cache_folder() / "runs" / hashlib.sha256(text.encode()).hexdigest()[:16]
-    run_dir = Path(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    claim = run_dir / "run.json"
-    if claim.exists() and claim.read_text() != text:
-        seen = json.loads(claim.read_text())
-        differing = [key for key in identity if seen.get(key) != json.loads(text)[key]]
-        raise ValueError(
-            f"{run_dir} holds the checkpoint of another run (it differs in {', '.join(differing)}): "
-            "choose another run_dir, or delete it"
-        )
-    claim.write_text(text)
-    return run_dir
+def _on_main_process(arguments: TrainingArguments, function: Callable[[], Path | None]) -> Path | None:
+    """What `function` returns, or the ValueError that it raises, in every process; only the main one calls it."""
+    outcome = [None, None]
+    if arguments.process_index == 0:
+        try:
+            outcome[0] = function()
+        except ValueError as error:
+            outcome[1] = str(error)
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise ValueError(outcome[1])
+    return outcome[0]
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,12 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from entropy_lib import EntropyRegularization, build_model, interface
 from entropy_lib.study import runs, training
 from entropy_lib.study.__main__ import main, outcome
-from entropy_lib.study.recipes import Recipe, get_recipe, training_arguments
+from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe, training_arguments
+from entropy_lib.study.run_folder import MARKER, RunFolder
 from entropy_lib.study.runs import RunRecord, compare, load_runs, read_history
 from entropy_lib.study.trainer import EntropyTrainer, collate_blocks
 from entropy_lib.study.training import train_variant
+from entropy_lib.variants import VARIANTS, Variant
 
 EREG = "EReg(SM(t)+ScFuFFN)"
 VOCAB, LENGTH = 61, 16
@@ -165,6 +168,402 @@ def test_run_dir_of_another_variant_is_refused(corpus, tmp_path):
         train(corpus, run_dir=tmp_path / "run", callbacks=[_InterruptAt(2)])
     with pytest.raises(ValueError, match=r"another run .*variant"):
         train(corpus, "SM+LN+G", run_dir=tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def interrupted(corpus, tmp_path_factory):
+    """A run's folder after Ctrl-C in step 4; `started` gives each test a copy of its own."""
+    folder = tmp_path_factory.mktemp("interrupted") / "run"
+    with pytest.raises(KeyboardInterrupt):
+        train(corpus, run_dir=folder, callbacks=[_InterruptAt(4)])
+    return folder
+
+
+@pytest.fixture
+def started(interrupted, tmp_path):
+    return Path(shutil.copytree(interrupted, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus):
+    return column(train(corpus), "loss").tolist()
+
+
+class _NoStep(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        raise AssertionError("a step was made")
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+# -- what is somebody's
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_training_deletes_only_what_it_wrote(corpus, tmp_path, resumed):
+    folder = tmp_path / "mine"
+    for name in ("notes.txt", "deep/er/model.safetensors", "checkpoint-best/weights.pt", "checkpoint-9/mine.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("mine")
+    before = tree(folder)
+
+    class Probe(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "probe.txt").write_text("mine too")
+
+    options = {"recipe": replace(RECIPE, checkpoint_every=2), "run_dir": folder, "output_dir": folder}
+    if resumed:
+        with pytest.raises(KeyboardInterrupt):
+            train(corpus, callbacks=[_InterruptAt(3)], **options)
+    train(corpus, callbacks=[Probe()], **options)
+    after = tree(folder)
+    assert after.items() >= before.items()
+    names = {f"{EREG}-seed0.json", f"{EREG}-seed0.parquet"}
+    names |= {f"checkpoint-{step}{file}" for step in ((4, 6) if resumed else (2, 4, 6)) for file in ("", "/probe.txt")}
+    assert set(after) - set(before) == names
+    assert RunRecord.load(folder / f"{EREG}-seed0.json").steps == 6
+
+
+def test_a_run_that_never_began_leaves_nothing(corpus, tmp_path):
+    for folder in (tmp_path / "new", tmp_path / "old"):
+        if folder.name == "old":
+            folder.mkdir()
+        with pytest.raises(ValueError, match="to place at 'QK'"):
+            train(corpus, run_dir=folder, output_dir=folder, model_config={"norm_placement": "QK"})
+        with pytest.raises(ValueError, match="divisible by num_heads"):
+            train(corpus, run_dir=folder, output_dir=folder, model_config={"n_embd": 32, "n_head": 5})
+    assert tree(tmp_path).keys() - {"cache", "cache/runs"} == {"old"}
+
+
+def test_checkpoints_that_are_not_this_runs_are_neither_used_nor_deleted(corpus, started):
+    (started / "run.json").unlink()
+    (started / "checkpoint-4" / MARKER).unlink()  # as another Trainer writes them
+    before = tree(started)
+    with pytest.raises(ValueError, match=r"checkpoint-4 is of another run, .*choose another run_dir"):
+        train(corpus, run_dir=started, callbacks=[_NoStep()])
+    assert tree(started) == before
+
+
+# -- identity
+
+
+ANOTHER = {
+    "variant": {"variant": Variant(**{**VARIANTS[EREG].__dict__, "ffn_activation": "relu"})},
+    "size": {"size": "small"},
+    "recipe": {"recipe": replace(RECIPE, weight_decay=0.2)},
+    "model_config": {"model_config": {**MODEL, "attn_pdrop": 0.1}},
+    "training_overrides": {"training_overrides": {"lr_scheduler_type": "constant"}},
+    "seed": {"seed": 1},
+    "corpus": {"corpus": None},
+}
+
+
+@pytest.mark.parametrize("what", ANOTHER)
+def test_what_determines_the_result_makes_another_run(corpus, started, tmp_path, what):
+    changes = dict(ANOTHER[what])
+    if what == "corpus":
+        dataset, tokenizer = corpus
+        changes["corpus"] = DatasetDict(dataset | {"validation": dataset["train"]}), tokenizer
+    arguments = {"corpus": corpus, **changes, "callbacks": [_NoStep()]}
+    with pytest.raises(ValueError, match=f"another run .*{what}"):
+        train(**arguments, run_dir=started)
+    if what == "seed":  # of another name
+        return
+    record = train(corpus, recipe=replace(RECIPE, steps=1))
+    record.recipe["steps"] = RECIPE.steps
+    path = record.save(tmp_path / "out")
+    before = tree(tmp_path / "out")
+    with pytest.raises(ValueError, match=f"{what} differ.*choose another output_dir"):
+        train(**arguments, output_dir=path.parent)
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_record_of_another_run_is_replaced_on_demand_only(corpus, tmp_path):
+    short = replace(RECIPE, steps=1)
+    train(corpus, recipe=short, output_dir=tmp_path)
+    train(corpus, recipe=short, output_dir=tmp_path)  # the same run: nothing is lost
+    with pytest.raises(ValueError, match="steps 1, wanted 2"):
+        train(corpus, recipe=replace(RECIPE, steps=2), output_dir=tmp_path)
+    train(corpus, recipe=replace(RECIPE, steps=2), output_dir=tmp_path, overwrite=True)
+    assert [record.steps for record in load_runs(tmp_path)] == [2]
+
+
+# -- one process at a time
+
+
+@pytest.mark.parametrize("option", ["run_dir", "output_dir"])
+def test_a_folder_is_one_processs(corpus, tmp_path, option):
+    folder, recipe, seen = tmp_path / "run", replace(RECIPE, steps=2), []
+
+    class Second(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            before = tree(folder)
+            with pytest.raises(ValueError, match="wait for it, or give another") as refused:
+                train(corpus, recipe=recipe, callbacks=[_NoStep()], **{option: folder})
+            seen.append(str(refused.value))
+            assert tree(folder) == before
+
+    record = train(corpus, recipe=recipe, callbacks=[Second()], **{option: folder})
+    assert (record.steps, len(seen)) == (2, 2)
+    if option == "run_dir":
+        assert f"process {os.getpid()} on " in seen[0]
+
+
+def test_a_killed_process_lets_go(corpus, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    hold = "lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print(flush=True); time.sleep(600)"
+    command = [sys.executable, "-c", f"import sys, time, filelock; {hold}", str(folder / "run.lock")]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match="another process trains this run there"):
+            train(corpus, run_dir=folder, callbacks=[_NoStep()])
+    finally:
+        other.kill()
+        other.communicate()
+    assert (folder / "run.lock").exists()
+    train(corpus, recipe=replace(RECIPE, steps=1), run_dir=folder)
+    assert tree(folder) == {}
+
+
+def test_only_the_main_process_claims_and_all_hear_of_it(monkeypatch):
+    def refuse():
+        raise ValueError("in use")
+
+    sent = []
+    monkeypatch.setattr(training, "broadcast_object_list", lambda outcome: sent.append(list(outcome)))
+    main_process, other = (type("Arguments", (), {"process_index": rank, "world_size": 2}) for rank in (0, 1))
+    with pytest.raises(ValueError, match="in use"):
+        training._on_main_process(main_process, refuse)
+    assert sent == [[None, "in use"]]
+    assert training._on_main_process(main_process, lambda: Path("checkpoint-4")) == Path("checkpoint-4")
+    monkeypatch.setattr(training, "broadcast_object_list", lambda outcome: outcome.__setitem__(slice(None), sent[0]))
+    with pytest.raises(ValueError, match="in use"):
+        training._on_main_process(other, lambda: pytest.fail("claimed twice"))
+
+
+# -- torn files
+
+
+@pytest.mark.parametrize("text", ["", "\0\0\0", "{", None])
+def test_a_torn_claim_is_stepped_over(corpus, started, uninterrupted, text, capsys):
+    claim = started / "run.json"
+    whole = claim.read_text()
+    claim.write_text(whole[: len(whole) // 2] if text is None else text)
+    record = train(corpus, run_dir=started)
+    assert column(record, "loss").tolist() == uninterrupted
+    assert f"{claim} is torn" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["my notes", '{"mine": 1}', "[]"])
+def test_a_file_that_is_no_claim_is_left_alone(corpus, tmp_path, text):
+    claim = tmp_path / "run.json"
+    claim.write_text(text)
+    with pytest.raises(ValueError, match=r"run\.json is .*choose another run_dir"):
+        train(corpus, run_dir=tmp_path, callbacks=[_NoStep()])
+    assert claim.read_text() == text
+
+
+CUT = ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "history.parquet")
+
+
+@pytest.mark.parametrize("damage", ["missing", "half", "empty"])
+@pytest.mark.parametrize("marked", [True, False])
+@pytest.mark.parametrize("name", CUT)
+def test_a_checkpoint_that_was_cut_off_is_recognised(started, name, marked, damage, capsys):
+    torn = Path(shutil.copytree(started / "checkpoint-4", started / "checkpoint-5"))
+    state = json.loads((torn / "trainer_state.json").read_text())
+    (torn / "trainer_state.json").write_text(json.dumps({**state, "global_step": 5}))
+    if not marked:  # of an earlier version
+        for checkpoint in started.glob("checkpoint-*"):
+            (checkpoint / MARKER).unlink()
+    whole = (torn / name).read_bytes()
+    if damage == "missing":
+        (torn / name).unlink()
+    else:
+        (torn / name).write_bytes(whole[: len(whole) // 2] if damage == "half" else b"")
+    (torn / "mine.txt").write_text("mine")
+    identity = json.loads((started / "run.json").read_text())["identity"]
+    with RunFolder(started, identity) as folder:
+        assert folder.last_checkpoint() == started / "checkpoint-4"
+        told = capsys.readouterr().err
+        assert f"{torn} ({name}" in told
+        assert "goes on from checkpoint-4" in told
+        assert [path.name for path in torn.iterdir()] == ["mine.txt"]
+        (started / "checkpoint-4" / name).unlink()
+        assert folder.last_checkpoint() is None
+        assert "starts from the beginning" in capsys.readouterr().err
+    assert [path.name for path in started.iterdir()] == ["checkpoint-5"]  # with what is not training's
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_kill_while_a_checkpoint_is_written_costs_at_most_what_came_after_the_one_before(
+    corpus, tmp_path, uninterrupted, first
+):
+    class KilledWhileSaving(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if first or state.global_step == 4:
+                raise KeyboardInterrupt
+
+    recipe, steps = replace(RECIPE, checkpoint_every=2), []
+    with pytest.raises(KeyboardInterrupt):
+        train(corpus, recipe=recipe, run_dir=tmp_path / "run", callbacks=[KilledWhileSaving()])
+
+    class Steps(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            steps.append(state.global_step + 1)
+
+    record = train(corpus, recipe=recipe, run_dir=tmp_path / "run", callbacks=[Steps()])
+    assert steps == list(range(1 if first else 3, 7))
+    assert record.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert column(record, "loss").tolist() == uninterrupted
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fails", ["history", "summary", "in place"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_record_is_written_whole_or_not_at_all(corpus, tmp_path, monkeypatch, fails, replaced):
+    record = train(corpus, recipe=replace(RECIPE, steps=1))
+    if replaced:
+        record.save(tmp_path / "out")
+    (tmp_path / "out").mkdir(exist_ok=True)
+    before, moves = tree(tmp_path / "out"), []
+    record.history = record.history.assign(loss=0.0)
+
+    def half_written(frame, path):
+        path.write_bytes(b"PAR1")
+        raise OSError(28, "No space left on device")
+
+    def second_fails(source, target, move=os.replace):
+        moves.append(target)
+        if len(moves) == 2:
+            raise OSError(5, "Input/output error")
+        move(source, target)
+
+    if fails == "history":
+        monkeypatch.setattr(runs, "write_history", half_written)
+    elif fails == "summary":
+        record.minutes = float("nan")
+    else:
+        monkeypatch.setattr(runs.os, "replace", second_fails)
+    with pytest.raises((OSError, ValueError)):
+        record.save(tmp_path / "out")
+    assert tree(tmp_path / "out") == before
+
+
+def test_a_torn_or_mismatched_record_names_its_file(corpus, tmp_path):
+    path = train(corpus, recipe=replace(RECIPE, steps=1), output_dir=tmp_path).save(tmp_path)
+    history, text = path.with_suffix(".parquet"), path.read_text()
+    other = train(corpus, recipe=replace(RECIPE, steps=1), seed=1).save(tmp_path / "other").with_suffix(".parquet")
+    whole = history.read_bytes()
+    for torn in (whole[: len(whole) // 2], b"", other.read_bytes()):
+        history.write_bytes(torn)
+        with pytest.raises(ValueError, match=r"seed0\.parquet is torn, or the history of another run.* delete"):
+            RunRecord.load(path)
+    history.write_bytes(whole)
+    for torn in (text[: len(text) // 2], "", "[]", json.dumps({"variant": "SM"})):
+        path.write_text(torn)
+        for read in (RunRecord.load, lambda p: load_runs(p.parent), lambda p: train(corpus, output_dir=p.parent)):
+            with pytest.raises(ValueError, match=r"seed0\.json is (torn|not a run record)"):
+                read(path)
+    path.write_text(json.dumps({**json.loads(text), "colour": "green"}))
+    with pytest.raises(ValueError, match=r"seed0\.json has fields of a later version .*colour"):
+        RunRecord.load(path)
+    path.write_text(json.dumps({k: v for k, v in json.loads(text).items() if k != "history_sha256"}))  # an old record
+    history.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"seed0\.parquet is torn .* delete"):
+        _ = RunRecord.load(path).history
+
+
+# -- refused before the first step
+
+
+def _bad_places(folder):
+    (folder / "file").write_text("mine")
+    (folder / "taken" / f"{EREG}-seed0.json").mkdir(parents=True)
+    (folder / "taken2" / f"{EREG}-seed0.parquet").mkdir(parents=True)
+    yield {"output_dir": folder / "file"}
+    yield {"output_dir": folder / "file" / "below"}
+    yield {"output_dir": folder / "taken"}
+    yield {"output_dir": folder / "taken2"}
+    yield {"run_dir": folder / "file"}
+    yield {"run_dir": folder / "file" / "below"}
+    for name in ("a/b", "../a", "x" * 300):
+        yield {"output_dir": folder / "out", "variant": replace(VARIANTS["SM"], name=name)}
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_first_step(corpus, tmp_path):
+    for places in _bad_places(tmp_path):
+        before = tree(tmp_path)
+        with pytest.raises(ValueError, match=r"choose another|another name"):
+            train(corpus, callbacks=[_NoStep()], **places)
+        assert {**tree(tmp_path), "cache": False, "cache/runs": False} == {
+            **before, "cache": False, "cache/runs": False
+        }, places  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model_config": {**MODEL, "note": float("nan")}}, "model_config goes on record, .*note=nan"),
+        ({"model_config": {**MODEL, "dtype": torch.float32}}, "model_config goes on record, .*dtype=torch"),
+        ({"model_config": {**MODEL, "n_inner": np.int64(8)}}, "model_config goes on record, .*n_inner"),
+        ({"training_overrides": {"adam_beta1": float("inf")}}, "training_overrides goes on record, .*adam_beta1=inf"),
+        ({"training_overrides": {"optim_args": object()}}, "training_overrides goes on record"),
+        ({"training_overrides": {"output_dir": "elsewhere"}}, "give run_dir"),
+        ({"seed": -1}, "seed must be an integer from 0"),
+        ({"seed": 2**32}, "seed must be an integer from 0"),
+        ({"seed": 0.5}, "seed must be an integer from 0"),
+        ({"corpus": ("dataset", "tokenizer")}, "a corpus is a name, a path, or"),
+        ({"corpus": 5}, "a corpus is a name, a path, or"),
+    ],
+)
+def test_what_cannot_go_on_record_is_refused_before_the_first_step(corpus, tmp_path, options, message):
+    options = {"corpus": corpus, **options}
+    with pytest.raises(ValueError, match=message):
+        train(**options, output_dir=tmp_path / "out", callbacks=[_NoStep()])
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_corpus_is_refused(corpus):
+    dataset, tokenizer = corpus
+    for wrong in (
+        (DatasetDict({"train": dataset["train"]}), tokenizer),
+        (dataset, tokenizer.backend_tokenizer),
+        (DatasetDict(dataset | {"validation": dataset["validation"].select([])}), tokenizer),
+    ):
+        with pytest.raises(ValueError, match=r"a corpus is a name|validation blocks"):
+            train(wrong, callbacks=[_NoStep()])
+
+
+@pytest.mark.parametrize("entry", fields(Recipe), ids=lambda entry: entry.name)
+def test_every_field_of_a_recipe_can_go_on_record(entry):
+    number = entry.default is None or type(entry.default) in (int, float)
+    wrong = [float("nan"), float("inf"), -1, -0.5, True, "1", [1]] if number else [0, None, 1.5, "fp8", ["mean"]]
+    wrong += [1.5] if number and not isinstance(entry.default, float) else []
+    for value in wrong:
+        with pytest.raises(ValueError, match=entry.name):
+            get_recipe("smoke", **{entry.name: value})
+    if number and entry.name != "warmup_ratio":
+        recipe = get_recipe("smoke", **{entry.name: np.float32(1) if isinstance(entry.default, float) else np.int64(1)})
+        assert json.dumps(getattr(recipe, entry.name)) in ("1", "1.0")
+    assert all(recipe == replace(recipe) for recipe in RECIPES.values())
+
+
+def test_a_run_without_one_finite_step_goes_on_record_too(corpus, tmp_path):
+    class Poison(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.transformer.wte.weight.data.fill_(float("nan"))
+
+    recipe = replace(RECIPE, max_skipped_in_a_row=2)
+    saved = train(corpus, recipe=recipe, callbacks=[Poison()], output_dir=tmp_path)
+    (record,) = load_runs(tmp_path)
+    assert (record.status, record.steps, record.eval_loss) == ("collapsed", 2, None)
+    assert len(record.history) == len(saved.history) == 0
+    assert record.summary() == saved.summary()
 
 
 class _NaNGradients(TrainerCallback):

@@ -1,0 +1,113 @@
+"""What makes two training runs the same, as plain data: for the folder of a run, and for its record."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict
+
+from datasets import DatasetDict
+
+from entropy_lib.study.corpus import CODEPARROT_TOKENS, CORPORA, corpus_hash, max_tokens_of
+from entropy_lib.study.recipes import Recipe
+from entropy_lib.variants import VARIANTS, Variant
+
+
+def run_identity(
+    variant: Variant,
+    *,
+    size: str,
+    seed: int,
+    corpus: dict,
+    recipe: Recipe | dict,
+    model_config: dict | None = None,
+    training_overrides: dict | None = None,
+) -> dict:
+    """Everything that determines a run's result, as plain JSON types.
+
+    `corpus` is what is known of it: "sha256" and "vocab_size", or "name" and "max_tokens" of a known one. A field that
+    a recipe on record lacks was added since, and has its default. ValueError for what JSON does not hold.
+    """
+    model_config = dict(model_config or {})
+    if placement := model_config.pop("norm_placement", None):
+        variant = variant.placed(placement)
+    if isinstance(recipe, Recipe):
+        recipe = asdict(recipe)
+    return {
+        "variant": _plain("variant", asdict(variant)),
+        "size": size,
+        "seed": seed,
+        "corpus": corpus,
+        "recipe": _plain("recipe", asdict(Recipe()) | recipe),
+        "model_config": _plain("model_config", model_config),
+        "training_overrides": _plain("training_overrides", training_overrides or {}),
+    }
+
+
+def record_identity(summary: dict) -> dict:
+    """The identity of a run on record, from what its JSON file holds."""
+    variant = summary.get("variant_config") or asdict(VARIANTS.get(summary["variant"], Variant(summary["variant"])))
+    if "max_tokens" in summary:
+        max_tokens = summary["max_tokens"]
+    else:  # recorded before the field was: the command tells
+        given = re.findall(r"--max-t[a-z-]*[= ](\d+)", summary["command"])
+        max_tokens = int(given[-1]) if given else None
+    return run_identity(
+        Variant(**variant),
+        size=summary["size"],
+        seed=summary["seed"],
+        corpus={
+            **known_corpus(summary["corpus"], max_tokens),
+            "sha256": summary["corpus_sha256"],
+            "vocab_size": summary["vocab_size"],
+        },
+        recipe=summary["recipe"],
+        model_config=summary["model_config"],
+        training_overrides=summary.get("training_overrides"),
+    )
+
+
+def corpus_identity(dataset: DatasetDict, vocab_size: int) -> dict:
+    """A known corpus's name is for it alone: text of the user's own that is called like one is "./name"."""
+    info = dataset["train"].info
+    name = info.dataset_name or "unnamed"
+    if name in CORPORA and info.description != CORPORA[name][0]:
+        name = f"./{name}"
+    return {**known_corpus(name, max_tokens_of(dataset)), "sha256": corpus_hash(dataset), "vocab_size": vocab_size}
+
+
+def known_corpus(name: str, max_tokens: int | None) -> dict:
+    """The identity of one of `CORPORA`: the same name gives the same tokens anywhere."""
+    return {"name": name, "max_tokens": max_tokens or (CODEPARROT_TOKENS if name == "codeparrot" else None)}
+
+
+def differences(wanted: dict, found: dict) -> str:
+    """Where an identity differs from the one that is wanted, in words; "" if nowhere. Of the corpus, what is wanted."""
+    found = {**found, "corpus": {key: found["corpus"].get(key) for key in wanted["corpus"]}}
+    names, details = [], []
+    for name, value in wanted.items():
+        if found.get(name) == value:
+            continue
+        names.append(name)
+        if isinstance(value, dict) and isinstance(found.get(name), dict):
+            for key in sorted({*value, *found[name]}):
+                if value.get(key) != found[name].get(key):
+                    details.append(f"{key} {found[name].get(key)!r}, wanted {value.get(key)!r}")
+        else:
+            details.append(f"{name} {found.get(name)!r}, wanted {value!r}")
+    return f"{', '.join(names)} differ: {'; '.join(details)}" if names else ""
+
+
+def digest(identity: dict) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def _plain(name: str, values: dict) -> dict:
+    plain = {}
+    for key, value in values.items():
+        try:
+            plain[key] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name} goes on record, as JSON, which cannot hold {key}={value!r}: {error}") from error
+    return plain
