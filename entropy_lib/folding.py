@@ -16,16 +16,21 @@ def fold_for_inference(model: EntropyGPT2LMHeadModel) -> EntropyGPT2LMHeadModel:
 
     Weight and spectral normalisation and 1/α become plain weights; the temperature becomes a constant scale of
     the queries (it differs by position, so it cannot go into W_Q, but it stays linear); thresholds are dropped.
+    Every tensor keeps its dtype and device; hooks stay with the model, which is only read. Raises ValueError for
+    another kind of model, or one with parameters of its own (an adapter's).
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if not isinstance(model, EntropyGPT2LMHeadModel):
+        raise ValueError(f"only an EntropyGPT2LMHeadModel has something to fold, got {type(model).__name__}")
     config = copy.deepcopy(model.config)
     config.folded, config.weight_normalization, config.norm_placement = True, None, None
-    was_training = model.training
-    model.eval()  # spectral normalisation must not take another power iteration
+    config.tie_word_embeddings = model.lm_head.weight is model.transformer.wte.weight
     state = {key: value for key, value in model.state_dict().items() if ".parametrizations." not in key}
     for name, module in model.named_modules():
-        if parametrize.is_parametrized(module, "weight"):
-            state[f"{name}.weight"] = module.weight
-    model.train(was_training)
+        if parametrize.is_parametrized(module):
+            for parameter, parametrization in module.parametrizations.items():
+                # a copy in eval mode: PyTorch's own spectral_norm takes a power iteration a look in training
+                state[f"{name}.{parameter}"] = copy.deepcopy(parametrization).eval()()
     for key in [
         key for key in state if key.rpartition(".")[2] in ("alpha", "log_temperature", "reg_threshold_weights")
     ]:
@@ -36,6 +41,12 @@ def fold_for_inference(model: EntropyGPT2LMHeadModel) -> EntropyGPT2LMHeadModel:
         elif parameter == "alpha":
             for part in ("weight", "bias"):
                 state[f"{prefix}.mlp.c_proj.{part}"] = state[f"{prefix}.mlp.c_proj.{part}"] / value
-    folded = EntropyGPT2LMHeadModel(config).to(model.device, model.dtype).eval()
-    folded.load_state_dict(state)
-    return folded
+    with torch.device("meta"):  # nothing is drawn for weights that are replaced
+        folded = EntropyGPT2LMHeadModel(config)
+    try:
+        folded.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"parameters other than those of its configuration: {error}") from error
+    folded.tie_weights()
+    folded.generation_config = copy.deepcopy(model.generation_config)
+    return folded.eval()

@@ -2,7 +2,8 @@
 
 Runs every cell from top to bottom with this interpreter, in the notebook's own folder, `--jobs` notebooks at a time,
 and reports seconds, cells and the assertions that held. Exits with 1 if a notebook failed, with 2 if it was asked
-for something unknown.
+for something unknown or impossible, before anything ran. What fails in one notebook is reported beside the others'
+results, with its name and cell.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -23,6 +26,7 @@ import papermill
 import yaml
 from ipykernel.kernelspec import write_kernel_spec
 from IPython.core.inputtransformer2 import TransformerManager
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
 NOTEBOOKS = Path(__file__).resolve().parent
@@ -58,9 +62,32 @@ def parameter_names(path: Path) -> set[str]:
     return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
+def parameter_value(name: str, text: str):
+    """A Python number, None, True or False (to YAML 1.1, 5e-2 and None are words), or else YAML."""
+    with suppress(ValueError, SyntaxError, TypeError):
+        value = ast.literal_eval(text)
+        if value is None or isinstance(value, int | float):
+            return value
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"parameter {name} is neither a Python number nor YAML: {text!r}") from None
+
+
+def positive_integer(text: str) -> int:
+    with suppress(ValueError):
+        if int(text) > 0:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+
+
 def count_asserts(notebook) -> int:
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    return sum(isinstance(node, ast.Assert) for source in code for node in ast.walk(parse(source)))
+    count = 0
+    for cell in notebook.cells:
+        with suppress(SyntaxError):  # such a cell fails when it is run
+            code = ast.walk(parse(cell.source)) if cell.cell_type == "code" else ()
+            count += sum(isinstance(node, ast.Assert) for node in code)
+    return count
 
 
 def tidy(notebook):
@@ -84,11 +111,19 @@ def written_to_stderr(notebook) -> str:
     return "".join(output.text for output in outputs if output.get("name") == "stderr")
 
 
+def last_cell(path: Path) -> str:
+    """The cell that a notebook was in when its kernel was lost: the last that papermill's executed copy has started."""
+    code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    started = [cell for cell in code if cell.metadata.get("papermill", {}).get("start_time")]
+    return f"cell [{len(started)}]:\n{started[-1].source}\n\n" if started else ""
+
+
 def run(path: Path, output: Path, parameters: dict, cell_seconds: int | None) -> tuple[str, float, int, int]:
     """Execute one notebook into `output`; returns (error or "", seconds, code cells, assertions)."""
-    source = nbformat.read(path, as_version=4)
-    start, error = time.perf_counter(), ""
+    start, error, cells, asserts = time.perf_counter(), "", 0, 0
     try:
+        source = nbformat.read(path, as_version=4)
+        cells, asserts = sum(cell.cell_type == "code" for cell in source.cells), count_asserts(source)
         papermill.execute_notebook(
             path, output, parameters=parameters, kernel_name="python3",
             language="python", cwd=path.parent,
@@ -96,10 +131,35 @@ def run(path: Path, output: Path, parameters: dict, cell_seconds: int | None) ->
         )  # fmt: skip
     except PapermillExecutionError as failure:
         error = f"cell [{failure.exec_count}]:\n{failure.source}\n\n{failure.ename}: {failure.evalue}"
-    except Exception as failure:  # a kernel that died, a cell past its limit, a notebook that is no notebook
+    except (CellTimeoutError, DeadKernelError) as failure:
+        error = f"{last_cell(output)}{type(failure).__name__}: {failure}"
+    except Exception as failure:  # a notebook that is no notebook, a folder that cannot be written to
         error = f"{type(failure).__name__}: {failure}"
-    seconds = time.perf_counter() - start
-    return error, seconds, sum(cell.cell_type == "code" for cell in source.cells), count_asserts(source)
+    return error, time.perf_counter() - start, cells, asserts
+
+
+def write_back(path: Path, executed: Path) -> str:
+    """Put an executed copy in its notebook's place; returns why not, or ""."""
+    notebook = nbformat.read(executed, as_version=4)
+    if noise := written_to_stderr(notebook):  # readers of the committed notebook would wonder at it
+        return f"not written back, since it wrote to stderr:\n{noise}"
+    nbformat.write(tidy(notebook), path)
+    return ""
+
+
+def open_output(folder: Path, paths: list[Path]) -> None:
+    """Make the folder of executed copies; ValueError if they cannot be written there, or over a notebook itself."""
+    for name, count in Counter(path.name for path in paths).items():
+        if count > 1:
+            raise ValueError(f"{count} notebooks are called {name}: their copies need an --output each, so a run each")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--output must be a folder to write in, got {folder}: {error.strerror}") from None
+    for path in paths:
+        if (folder / path.name).exists() and path.samefile(folder / path.name):
+            raise ValueError(f"--output {folder} would write over {path.name} itself: choose another, or --update")
 
 
 def use_this_interpreter(folder: str) -> None:
@@ -120,65 +180,72 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "notebooks", help="folder of executed copies")
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="of what is trained; default: %(default)s")
     parser.add_argument(
-        "--cell-timeout", type=int, metavar="SECONDS", help=f"default: {SMOKE_CELL_SECONDS} at smoke scale, else none"
+        "--cell-timeout", type=positive_integer, metavar="SECONDS",
+        help=f"default: {SMOKE_CELL_SECONDS} at smoke scale, else none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--jobs", type=positive_integer, default=1, metavar="N", help="notebooks at a time; default: %(default)s"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="notebooks at a time; default: %(default)s")
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--update", action="store_true", help="write the results back over the notebooks themselves")
     options = parser.parse_args(arguments)
     try:
-        parameters = {name: yaml.safe_load(value) for name, value in options.p}
-        paths = [find_notebook(name) for name in options.notebooks] or sorted(NOTEBOOKS.glob("*.ipynb"))
+        parameters = {name: parameter_value(name, text) for name, text in options.p}
+        paths = list(dict.fromkeys(map(find_notebook, options.notebooks))) or sorted(NOTEBOOKS.glob("*.ipynb"))
         of_scale = {}  # a notebook that does not train has nothing to scale
         for path in paths:
-            known = parameter_names(path)
+            try:
+                known = parameter_names(path)
+            except Exception:  # whatever is wrong with it: running it says so, beside the others' results
+                of_scale[path] = {}
+                continue
             if unknown := [name for name in parameters if name not in known]:
-                raise ValueError(
-                    f"{path.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-                )
+                has = ", ".join(sorted(known)) or "none"
+                raise ValueError(f"{path.name} has no parameter {', '.join(unknown)}; it has {has}")
             of_scale[path] = {name: value for name, value in SCALES[options.scale].items() if name in known}
         if options.update and (parameters or options.scale != "smoke"):
             raise ValueError("--update writes notebooks with their own parameters: leave out -p and --scale")
-    except (ValueError, yaml.YAMLError, SyntaxError) as error:
+        open_output(options.output, paths)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    options.output.mkdir(parents=True, exist_ok=True)
     cell_seconds = options.cell_timeout or (SMOKE_CELL_SECONDS if options.scale == "smoke" else None)
-    results = {}
+    results, interrupted = {}, False
     with tempfile.TemporaryDirectory() as folder:
         use_this_interpreter(folder)
-        workers = ProcessPoolExecutor(max(1, options.jobs), initializer=leave_ctrl_c_to_the_parent)
+        workers = ProcessPoolExecutor(options.jobs, initializer=leave_ctrl_c_to_the_parent)
         try:
             running = {
                 workers.submit(run, path, options.output / path.name, of_scale[path] | parameters, cell_seconds): path
                 for path in paths
             }
             for future in as_completed(running):
-                path = running[future]
-                error, seconds, cells, asserts = future.result()
-                if options.update and not error:
-                    executed = nbformat.read(options.output / path.name, as_version=4)
-                    if noise := written_to_stderr(executed):  # readers of the committed notebook would wonder at it
-                        error = f"not written back, since it wrote to stderr:\n{noise}"
-                    else:
-                        nbformat.write(tidy(executed), path)
+                path, seconds, cells, asserts = running[future], 0.0, 0, 0
+                try:
+                    error, seconds, cells, asserts = future.result()
+                    if options.update and not error:
+                        error = write_back(path, options.output / path.name)
+                except Exception as failure:  # the process that ran it was killed, or it cannot be written back
+                    error = f"{type(failure).__name__}: {failure}"
                 results[path] = ("FAILED" if error else "ok", seconds, cells, asserts)
                 counts = f"{seconds:.1f} s, {cells} code cells, {asserts} assertions"
                 print(f"{path.name}: {results[path][0]}, {counts}", flush=True)
                 if error:
                     print(f"\n{path.name}, {error}\n", flush=True)
         except KeyboardInterrupt:
+            interrupted = True
             for worker in multiprocessing.active_children():
                 worker.terminate()  # a kernel ends with the process that started it
-            raise
         finally:
             workers.shutdown(cancel_futures=True)
     width = max([len(path.stem) for path in paths], default=8)
-    print(f"\n{'notebook':<{width}}  result  seconds  cells  assertions")
+    print(f"\n{'notebook':<{width}}  result   seconds  cells  assertions")
     for path in paths:
-        result, seconds, cells, asserts = results[path]
-        print(f"{path.stem:<{width}}  {result:<6}  {seconds:7.1f}  {cells:5}  {asserts:10}")
+        result, seconds, cells, asserts = results.get(path, ("stopped", 0.0, 0, 0))
+        print(f"{path.stem:<{width}}  {result:<7}  {seconds:7.1f}  {cells:5}  {asserts:10}", flush=True)
+    if interrupted:
+        raise KeyboardInterrupt
     return int(any(result == "FAILED" for result, *_ in results.values()))
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn.utils import parametrize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from entropy_lib import fold_for_inference
 
@@ -105,3 +105,68 @@ def test_attention_implementation_and_dtype_are_kept(tiny_model):
         assert folded.dtype == dtype
         assert folded.transformer.h[0].attn.query_scale.dtype == dtype
         assert folded.config._attn_implementation == "eager"
+
+
+def test_nothing_global_and_nothing_of_the_model_is_touched(model, monkeypatch):
+    """Neither random state nor, even for a moment, a module's mode, which another thread may rely on."""
+    model.train().transformer.h[0].eval()
+    modes = [module.training for module in model.modules()]
+    own, train = set(map(id, model.modules())), torch.nn.Module.train
+
+    def switch(module, mode=True):
+        assert id(module) not in own
+        return train(module, mode)
+
+    monkeypatch.setattr(torch.nn.Module, "train", switch)
+    state, dtype = torch.random.get_rng_state(), torch.get_default_dtype()
+    fold_for_inference(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_default_dtype() == dtype
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_hooks_stay_with_the_model(tiny_model):
+    model, calls = tiny_model("SM+SNorm"), []
+    for name, module in model.named_modules():
+        if "parametrizations" not in name:  # those run whenever their weight is read
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+    folded = fold_for_inference(model)
+    folded(torch.arange(4)[None])
+    assert not calls
+
+
+def test_each_tensor_keeps_its_dtype_and_the_settings_of_generation_are_copied(tiny_model):
+    model = tiny_model("EReg(SM(t)+ScFuFFN)", dtype=torch.bfloat16)
+    model.lm_head.float()  # tied: the embedding with it
+    model.transformer.wpe.half()
+    model.generation_config.max_new_tokens = 3
+    folded = fold_for_inference(model)
+    assert {p.dtype for p in folded.transformer.h.parameters()} == {torch.bfloat16}
+    assert (folded.lm_head.weight.dtype, folded.transformer.wpe.weight.dtype) == (torch.float32, torch.float16)
+    assert folded.generation_config.max_new_tokens == 3
+    assert folded.generation_config is not model.generation_config
+
+
+def test_embeddings_untied_by_hand_stay_apart(tiny_model):
+    model, ids = tiny_model("SM"), torch.arange(8)[None]
+    model.lm_head.weight = torch.nn.Parameter(-model.lm_head.weight.detach())
+    torch.testing.assert_close(fold_for_inference(model)(ids).logits, model(ids).logits, **EXACT)
+
+
+def test_a_normalisation_of_pytorch_s_own_is_folded_too(tiny_model):
+    """Its spectral norm takes a power iteration whenever the weight of a training model is read."""
+    model, ids = tiny_model("SM"), torch.arange(8)[None]
+    torch.nn.utils.parametrizations.spectral_norm(model.transformer.h[0].mlp.c_fc)
+    before = snapshot(model.train())
+    folded = fold_for_inference(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    torch.testing.assert_close(folded(ids).logits, model.eval()(ids).logits, **EXACT)
+
+
+def test_other_models_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="got GPT2LMHeadModel"):
+        fold_for_inference(GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=5)))
+    model = tiny_model("SM")
+    model.transformer.h[0].adapter = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"other than those of its configuration(.|\n)*adapter"):
+        fold_for_inference(model)

@@ -1,5 +1,6 @@
 """Committed notebooks are executed, light and honest; their runner reports what fails and refuses what it cannot do."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -132,9 +133,87 @@ def test_runner_reports_a_failing_cell_and_runs_the_rest(tmp_path):
     assert (tmp_path / "out" / "good.ipynb").is_file()
 
 
-def test_runner_passes_typed_parameters(tmp_path):
-    path = make_notebook(tmp_path, "a", "assert count == [1, 2.5]")
-    assert run(path, "--output", tmp_path / "out", "-p", "count", "[1, 2.5]").returncode == 0
+def test_what_breaks_a_notebook_is_reported_beside_the_others(tmp_path):
+    """Whatever it is: each failure with its name, and its cell if it came to one; the rest runs."""
+    notebooks = {
+        "syntax": (["x = (1,", "assert False, 'not reached'"], "count = 2"),
+        "parameters": (["assert count"], "count = = 2"),
+        "dies": (["import os\nos._exit(3)"], "count = 2"),
+        "good": (["assert count\nassert True"], "count = 2"),
+    }
+    paths = [make_notebook(tmp_path, name, *cells, parameters=first) for name, (cells, first) in notebooks.items()]
+    for name, text in {"empty": "", "list": "[1]", "other": '{"a": 1}', "bytes": "\0"}.items():
+        (tmp_path / f"{name}.ipynb").write_text(text)
+        paths.insert(0, tmp_path / f"{name}.ipynb")
+    result = run(*paths, "--output", tmp_path / "out", "--jobs", "2", "-p", "count", "1")
+    assert result.returncode == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    rows = {line.split()[0]: line.split()[1:] for line in result.stdout.splitlines()[-len(paths) :]}
+    assert {name: row[0] for name, row in rows.items() if row[0] != "FAILED"} == {"good": "ok"}
+    assert rows["good"][2:] == ["2", "2"]
+    assert set(rows) == {Path(path).stem for path in paths}
+    for name, cell in {"syntax": "x = (1,", "parameters": "count = = 2"}.items():
+        assert re.search(rf"\n{name}.ipynb, cell \[\d+\]:\n[^\0]*?{re.escape(cell)}\n\n\w+Error: ", result.stdout), name
+    assert "\ndies.ipynb, cell [3]:\nimport os\nos._exit(3)\n\nDeadKernelError: " in result.stdout
+
+
+def test_runner_refuses_an_output_that_it_cannot_write_to_or_should_not(tmp_path, capsys):
+    path, file = make_notebook(tmp_path, "a", "assert count"), tmp_path / "notes.txt"
+    file.write_text("mine")
+    (tmp_path / "b").mkdir()
+    namesake, before = make_notebook(tmp_path / "b", "a", "assert count"), Path(path).read_text()
+    out = ["--output", tmp_path / "out"]
+    cases = [
+        ([path, "--output", file], "must be a folder to write in"),
+        ([path, "--output", file / "below"], "must be a folder to write in"),
+        ([path, "--output", tmp_path], "would write over a.ipynb itself"),
+        ([path, namesake, *out], "2 notebooks are called a.ipynb"),
+        ([path, "--jobs", "0", *out], "--jobs: must be a positive integer, got '0'"),
+        ([path, "--jobs", "two", *out], "--jobs: must be a positive integer, got 'two'"),
+        ([path, "--cell-timeout", "-1", *out], "--cell-timeout: must be a positive integer"),
+        ([path, "-p", "count", "[1", *out], "parameter count is neither"),
+    ]
+    main = runner_main()
+    for arguments, words in cases:
+        try:
+            status = main([str(word) for word in arguments])
+        except SystemExit as stop:  # of argparse
+            status = stop.code
+        assert status == 2, words
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert file.read_text() == "mine"
+    assert Path(path).read_text() == before
+
+
+def runner_main():
+    """The runner in this process, for what it refuses before it starts another."""
+    pytest.importorskip("papermill")
+    spec = importlib.util.spec_from_file_location("runner", RUNNER)
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    return runner.main
+
+
+def test_notebook_00_has_no_parameter_that_could_contradict_its_records(tmp_path, capsys):
+    arguments = ["00_start_here", "-p", "context_length", "64", "--output", str(tmp_path / "out")]
+    assert runner_main()(arguments) == 2
+    assert "00_start_here.ipynb has no parameter context_length; it has runs" in capsys.readouterr().err
+
+
+def test_runner_passes_typed_parameters_and_writes_nothing_but_its_notebooks(tmp_path):
+    first = "count = 2\nrate = 0.1\nname = 'x'\nlive = True"
+    check = "assert [count, rate, name, live] == [[1, 2.5], 0.05, None, False]"
+    path, mine = make_notebook(tmp_path, "a", check, parameters=first), tmp_path / "out" / "mine.ipynb"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    values = {"count": "[1, 2.5]", "rate": "5e-2", "name": "None", "live": "no"}
+    pairs = [word for name, value in values.items() for word in ("-p", name, value)]
+    result = run(path, path, "--output", tmp_path / "out", *pairs)
+    assert result.returncode == 0
+    assert result.stdout.count("a.ipynb: ok") == 1  # asked for twice, run once
+    assert sorted(file.name for file in mine.parent.iterdir()) == ["a.ipynb", "mine.ipynb"]
+    assert mine.read_text() == "mine"
 
 
 def test_scale_sets_what_a_notebook_trains(tmp_path):
@@ -156,22 +235,23 @@ def test_a_cell_that_hangs_fails_and_the_rest_runs(tmp_path):
 
 def test_ctrl_c_ends_all_that_run_side_by_side(tmp_path):
     started = "import os, pathlib, time\npathlib.Path(f'{os.getpid()}.kernel').touch()\ntime.sleep(100)"
-    slow = [make_notebook(tmp_path, name, started) for name in "abc"]
-    command = [sys.executable, RUNNER, *slow, "--output", tmp_path / "out", "--jobs", "2"]
-    runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    notebooks = [make_notebook(tmp_path, "done", "assert count"), *(make_notebook(tmp_path, n, started) for n in "abc")]
+    command = [sys.executable, RUNNER, *notebooks, "--output", tmp_path / "out", "--jobs", "2"]
+    runner = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         end = time.monotonic() + 60
         while len(kernels := list(tmp_path.glob("*.kernel"))) < 2 and time.monotonic() < end:
             time.sleep(0.1)
         assert len(kernels) == 2
         runner.send_signal(signal.SIGINT)
-        _, errors = runner.communicate(timeout=20)
+        results, errors = runner.communicate(timeout=20)
         assert (runner.returncode, errors.strip()) == (130, "stopped")
         end = time.monotonic() + 10  # a kernel looks for its parent every second
         while (left := [k for k in kernels if Path(f"/proc/{k.stem}").exists()]) and time.monotonic() < end:
             time.sleep(0.1)
         assert not left
         assert len(list(tmp_path.glob("*.kernel"))) == 2  # the third was not started any more
+        assert [line.split()[1] for line in results.splitlines()[-4:]] == ["ok", "stopped", "stopped", "stopped"]
     finally:
         runner.kill()
 
@@ -192,13 +272,19 @@ def test_update_writes_back_a_clean_notebook(tmp_path):
     assert [dict(cell.metadata) for cell in after.cells] == [{"tags": ["parameters"]}, {}, {}]
 
 
-def test_update_writes_nothing_back_after_a_warning(tmp_path):
+def test_update_writes_back_what_it_can(tmp_path):
+    """Nothing after a warning, nothing where it cannot, and the others all the same."""
     path = make_notebook(tmp_path, "a", "import warnings\nwarnings.warn('odd')")
+    gone = make_notebook(tmp_path, "gone", "import os\nos.remove('gone.ipynb')\nos.mkdir('gone.ipynb')")
+    good = make_notebook(tmp_path, "good", "assert count")
     before = Path(path).read_text()
-    result = run(path, "--output", tmp_path / "out", "--update")
-    assert result.returncode == 1
+    result = run(path, gone, good, "--output", tmp_path / "out", "--update")
+    assert result.returncode == 1, result.stderr
+    assert [line.split()[1] for line in result.stdout.splitlines()[-3:]] == ["FAILED", "FAILED", "ok"]
     assert "UserWarning: odd" in result.stdout
+    assert "gone.ipynb, IsADirectoryError" in result.stdout
     assert Path(path).read_text() == before
+    assert nbformat.read(good, as_version=4).cells[1].execution_count == 2
 
 
 # ---- the notebooks notice a wrong library

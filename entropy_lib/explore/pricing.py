@@ -54,6 +54,7 @@ class CostExplorer(Explorer):
     def architecture(self, variant: str) -> Architecture:
         value = {name: control.value for name, control in self.controls.items()}
         sizes = {"n_layer": value["layers"], "n_head": value["heads"], "n_embd": value["width"]}
+        sizes["n_positions"] = value["context"]
         # the configuration wants a vocabulary; a price needs none
         config = EntropyGPT2Config(**get_variant(variant).config_fields(), **sizes, vocab_size=value["vocabulary"] or 1)
         found = Architecture.of(config)

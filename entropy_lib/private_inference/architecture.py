@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 PARTS = (
     "embedding", "attention linear", "softmax", "LayerNorm", "activation", "FFN linear", "vocabulary projection",
@@ -11,6 +12,17 @@ PARTS = (
 ACTIVATIONS = ("gelu", "relu", "linear", "relu2", "square", "bilinear")
 ATTENTIONS = ("softmax", "relu_attention", "square_attention")
 _NAMES = {"gelu_new": "gelu", "gelu": "gelu", "relu": "relu", "linear": "linear", "relu2": "relu2"}  # transformers'
+MODEL_TYPES = ("entropy_gpt2", "gpt2", "opt")  # whose operations are these: Pre-LN, learned positions, a plain FFN
+
+
+def whole_number(name: str, value) -> int:
+    """`value` as an int; ValueError for a fraction, a truth value or text."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} must be an integer, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -25,6 +37,7 @@ class Architecture:
         attention: one of ATTENTIONS; "relu_attention" and "square_attention" divide max(z, 0) and z² by the number of
             visible keys.
         fused: one d×d matrix for the FFN.   scaled: Eq. 8's α and β.   tempered: SM(t).
+        positions: the longest input; None: any. It costs nothing.
     """
 
     layers: int = 12
@@ -37,8 +50,12 @@ class Architecture:
     fused: bool = False
     scaled: bool = False
     tempered: bool = False
+    positions: int | None = field(default=None, compare=False)
 
     def __post_init__(self):
+        for name in ("layers", "heads", "width", "vocabulary", "positions"):
+            if (value := getattr(self, name)) is not None or name != "positions":
+                object.__setattr__(self, name, whole_number(name, value))
         for name in ("layers", "heads", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -53,44 +70,60 @@ class Architecture:
         if self.fused and self.activation != "linear":
             raise ValueError(f"a fused FFN has no activation in between, got {self.activation!r}")
 
+    def checked_length(self, context_length) -> int:
+        """T as an int; ValueError if it is none, or not positive, or more than the positions."""
+        length = whole_number("context_length", context_length)
+        if length < 1:
+            raise ValueError(f"context_length must be positive, got {length}")
+        if self.positions is not None and length > self.positions:
+            raise ValueError(f"context_length {length} exceeds the model's {self.positions} positions")
+        return length
+
     @classmethod
     def of(cls, config) -> Architecture:
-        """The architecture of an `EntropyGPT2Config` or of a transformers configuration with GPT-2's names.
+        """The architecture of the configuration of a model of one of MODEL_TYPES.
 
-        Raises ValueError for what neither the prices nor the two-party run know: another FFN width than 4d,
-        cross-attention, fewer key-value heads, an activation without a price.
+        Raises ValueError for what neither the prices nor the two-party run know: other model types, another FFN width
+        than 4d, cross-attention, fewer key-value heads, an activation without a price, ... An `Architecture` made by
+        hand can stand for a model whose operations are known to be the same.
         """
 
         def get(*names, default=None):
             return next((getattr(config, name) for name in names if hasattr(config, name)), default)
 
-        sizes = {
-            "layers": get("n_layer", "num_hidden_layers"),
-            "heads": get("n_head", "num_attention_heads"),
-            "width": get("n_embd", "hidden_size"),
-            "vocabulary": get("vocab_size"),
-        }
-        if missing := [name for name, value in sizes.items() if value is None]:
-            raise ValueError(f"a configuration like GPT-2's is needed; {type(config).__name__} lacks {missing}")
-        activation = get("activation_function", "hidden_act")
+        if (kind := get("model_type")) is None:
+            raise ValueError(f"a transformers configuration is needed; {type(config).__name__} lacks model_type")
+        fused = get("fused_ffn", default=False)
+        activation = "linear" if fused else get("activation_function", "hidden_act")
+        if kind not in MODEL_TYPES:
+            raise ValueError(
+                f"a model of type {kind!r} with {activation!r} is not supported: known are the operations of "
+                f"{', '.join(MODEL_TYPES)}; for another model pass an Architecture of the operations that it has"
+            )
         if activation not in _NAMES:
             raise ValueError(f"activation {activation!r} is not supported; choose from {', '.join(_NAMES)}")
-        width = sizes["width"]
-        inner = get("n_inner", "intermediate_size")
+        width, heads = get("hidden_size"), get("num_attention_heads")
+        inner = None if fused else get("n_inner", "ffn_dim")
         odd = {
-            "FFN width": (inner or 4 * width, 4 * width),
-            "key-value heads": (get("num_key_value_heads", default=sizes["heads"]), sizes["heads"]),
+            "FFN width": (4 * width if inner is None else inner, 4 * width),
+            "key-value heads": (get("num_key_value_heads", default=heads), heads),
             "cross-attention": (bool(get("add_cross_attention", default=False)), False),
             "attention scaled by layer": (bool(get("scale_attn_by_inverse_layer_idx", default=False)), False),
             "attention scaled by 1/√d": (bool(get("scale_attn_weights", default=True)), True),
+            "causal attention": (get("is_causal", default=True), True),
+            "LayerNorm before attention and FFN": (get("do_layer_norm_before", default=True), True),
+            "a final LayerNorm": (not get("_remove_final_layer_norm", default=False), True),
+            "LayerNorm with parameters": (get("layer_norm_elementwise_affine", default=True), True),
+            "embedding width": (get("word_embed_proj_dim", default=width), width),
         }
         for name, (seen, wanted) in odd.items():
             if seen != wanted:
                 raise ValueError(f"not supported: {name} {seen}; it must be {wanted}")
         return cls(
-            **sizes, layer_norm=get("layer_norm", default=True), activation=_NAMES[activation],
-            fused=get("fused_ffn", default=False), scaled=get("ffn_scaling", default=False),
-            tempered=get("learnable_temperature", default=False),
+            layers=get("num_hidden_layers"), heads=heads, width=width, vocabulary=get("vocab_size"),
+            layer_norm=get("layer_norm", default=True), activation=_NAMES[activation], fused=fused,
+            scaled=get("ffn_scaling", default=False), tempered=get("learnable_temperature", default=False),
+            positions=get("max_position_embeddings"),
         )  # fmt: skip
 
 
@@ -127,10 +160,14 @@ def operations(architecture: Architecture, context_length: int) -> Iterator[Oper
 
     FLOPs as in Tables 3, 4, 7 and 8, for which a multiplication and an addition are two: 16·T·d² (or 2·T·d² fused,
     plus T·d for β) and 8·T·d² + 3·T²·d, where QKᵀ is counted in full and AV for the visible half.
+
+    Raises ValueError for a T that is no positive integer or is more than the architecture's positions.
     """
+    return _operations(architecture, architecture.checked_length(context_length))
+
+
+def _operations(architecture: Architecture, context_length: int) -> Iterator[Operation]:
     a, t, d = architecture, context_length, architecture.width
-    if t < 1:
-        raise ValueError(f"context_length must be positive, got {t}")
     size = d // a.heads
     if a.vocabulary:
         yield Operation("embedding", "embed", (t, a.vocabulary, d))
@@ -151,13 +188,13 @@ def operations(architecture: Architecture, context_length: int) -> Iterator[Oper
         if a.layer_norm:
             yield Operation("LayerNorm", "layernorm", (t, d), layer)
         scaling = t * d if a.scaled else 0
-        if a.fused:
-            yield linear("FFN linear", d, d, scaling)
-            continue
-        yield linear("FFN linear", d, 8 * d if a.activation == "bilinear" else 4 * d)
-        if a.activation != "linear":
-            yield Operation("activation", a.activation, (t, 4 * d), layer)
-        yield linear("FFN linear", 4 * d, d, scaling)
+        if not a.fused:
+            yield linear("FFN linear", d, 8 * d if a.activation == "bilinear" else 4 * d)
+            if a.activation != "linear":
+                yield Operation("activation", a.activation, (t, 4 * d), layer)
+        yield linear("FFN linear", d if a.fused else 4 * d, d, scaling)
+        if a.scaled and a.layer_norm:  # without LayerNorm β goes into the weights
+            yield Operation("FFN linear", "multiply", (t, d), layer)
     if a.vocabulary:
         if a.layer_norm:
             yield Operation("LayerNorm", "layernorm", (t, d))

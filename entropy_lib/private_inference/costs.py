@@ -12,6 +12,17 @@ from entropy_lib.private_inference.architecture import PARTS, Architecture, Oper
 from entropy_lib.private_inference.network import NETWORKS, Network
 
 BOOKS = Path(__file__).resolve().parents[2] / "data" / "private_inference" / "prices"
+ORIGIN = "it comes with a clone of the repository, from which `pip install --editable` installs"
+
+
+def read_json(path: Path) -> dict:
+    """A file of data/. FileNotFoundError if it is missing, ValueError if it is torn; both say where it comes from."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: {ORIGIN}") from None
+    except ValueError:
+        raise ValueError(f"{path} is not whole: {ORIGIN}") from None
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,12 @@ class PriceBook:
 def price_book(name: str) -> PriceBook:
     """A book by its name or an unambiguous beginning of it, e.g. "spu-0.9.5"; ValueError lists the names."""
     names = sorted(path.stem for path in BOOKS.glob("*.json"))
-    found = [known for known in names if known == name] or [known for known in names if known.startswith(name)]
+    if not names:
+        raise FileNotFoundError(f"no price books in {BOOKS}: {ORIGIN.replace('it comes', 'they come')}")
+    found = [known for known in names if known == name] or [n for n in names if n.startswith(str(name))]
     if len(found) != 1:
         raise ValueError(f"unknown price book {name!r}; choose from {', '.join(names)}")
-    return PriceBook(name=found[0], **json.loads((BOOKS / f"{found[0]}.json").read_text(encoding="utf-8")))
+    return PriceBook(name=found[0], **read_json(BOOKS / f"{found[0]}.json"))
 
 
 @dataclass(frozen=True)
@@ -108,23 +121,29 @@ def inference_cost(
     """What one private forward pass over `context_length` tokens costs, operation by operation.
 
     Args:
-        config: an `EntropyGPT2Config`, any transformers configuration with GPT-2's names, or an `Architecture`.
-        context_length: T.
+        config: an `EntropyGPT2Config`, transformers' configuration of a GPT-2 or an OPT, or an `Architecture`.
+        context_length: T, at most the model's positions.
         prices: "paper", fitted to the printed Tables 3, 4, 7 and 8; "spu-0.9.5-cheetah", measured here;
             "spu-0.9.2b0-cheetah", the engine of the paper's time, measured here.
         network: a `Network` or a name in `NETWORKS`, which adds bytes / bandwidth + rounds × latency to the measured
             computation. None adds nothing; the paper's minutes include its network and cannot be moved to another.
 
-    Raises ValueError for an unknown book or network, and for an operation that the book has no price for.
+    Raises ValueError for an unknown book or network, a model or a length that has no price, and an operation that the
+    book has no price for; FileNotFoundError without the books.
     """
     architecture = config if isinstance(config, Architecture) else Architecture.of(config)
+    context_length = architecture.checked_length(context_length)
     book = price_book(prices)
     if isinstance(network, str):
         if network not in NETWORKS:
             raise ValueError(f"unknown network {network!r}; choose from {', '.join(NETWORKS)} or pass a Network")
         network = NETWORKS[network]
+    if not (network is None or isinstance(network, Network)):
+        raise ValueError(f"network must be a Network, one of {', '.join(NETWORKS)} or None, got {network!r}")
     if network and book.includes_network:
         raise ValueError(f"the minutes of {book.name!r} include the network they were measured on; pass network=None")
+    if network and not book.seconds:
+        raise ValueError(f"{book.name!r} has no minutes that a network could add to; pass network=None")
     sent, seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     flops = dict.fromkeys(PARTS, 0)
     nonlinear: dict[str, list[int]] = {}

@@ -17,7 +17,7 @@ from collections import defaultdict
 import numpy as np
 
 from entropy_lib.private_inference.architecture import Architecture, Operation, operations
-from entropy_lib.private_inference.costs import BOOKS
+from entropy_lib.private_inference.costs import BOOKS, read_json
 from entropy_lib.private_inference.parties import ROOT
 
 GROUPS = {
@@ -46,7 +46,7 @@ def printed_cells():
 
     The paper prints the final model at the price of SM+ScFuFFN, so its temperature is not priced here either.
     """
-    tables = json.loads((DATA / "paper_tables.json").read_text())
+    tables = read_json(DATA / "paper_tables.json")
     for table, (layers, length, vocabulary) in TABLES.items():
         for variant, values in tables[table].items():
             change = CHANGES["SM+ScFuFFN" if variant.startswith("EReg") else variant]
@@ -119,7 +119,7 @@ def _fit(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
 def main() -> None:
     """Old prices: its own for what it multiplies; linear layers, whose bytes are the same in both, from today's."""
     files = (DATA / "private_inference" / f"measured-spu-{version}-cheetah.json" for version in ("0.9.5", "0.9.2b0"))
-    today, old = (json.loads(path.read_text()) for path in files)
+    today, old = map(read_json, files)
     new = fit_measured(today)
     older = {quantity: dict(prices) for quantity, prices in new.items()}
     shared = ("linear", "embed", "scores", "mix")

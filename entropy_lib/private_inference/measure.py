@@ -66,6 +66,8 @@ def weight_shapes(a: Architecture, context_length: int) -> dict[str, list[int]]:
             shapes |= {f"{layer}.{name}.weight": [d], f"{layer}.{name}.bias": [d]}
         if a.tempered:
             shapes[f"{layer}.query_scale"] = [a.heads, context_length, 1]
+        if a.scaled and a.layer_norm:
+            shapes[f"{layer}.beta"] = [context_length, 1]
     return shapes
 
 

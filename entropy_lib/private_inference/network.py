@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import socket
 import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Real
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,13 @@ class Network:
     name: str
     bandwidth: float
     latency: float
+
+    def __post_init__(self):
+        for name, kind in (("bandwidth", "positive"), ("latency", "not negative and finite")):
+            value = getattr(self, name)
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if not number or not (value > 0 if name == "bandwidth" else 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a number, {kind}, got {value!r}")
 
     def seconds(self, communicated: float, rounds: float) -> float:
         """What `communicated` bytes (both ways) in `rounds` messages add, in seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -91,12 +92,17 @@ def run_plan(
         progress: called with (steps done, steps in all).
 
     Raises:
-        ValueError: an unknown protocol.   ImportError: no private environment.   OSError: a port is taken.
-        TimeoutError: not done in `timeout` seconds.   RuntimeError: a party died; ends with its last words.
+        ValueError: an unknown protocol, an impossible time or port.   ImportError: no private environment.
+        OSError: a port is taken.   TimeoutError: not done in `timeout` seconds.
+        RuntimeError: a party died; ends with its last words.
     Whatever happens, Ctrl-C included, both processes have ended when this returns.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol must be one of {PROTOCOLS}, got {protocol!r}")
+    if not (0 < timeout < math.inf and 0 <= delay < math.inf):
+        raise ValueError(f"timeout must be positive and delay not negative, in seconds, got {timeout} and {delay}")
+    if ports is not None and not (len(ports) == 2 and all(0 < port < 65536 for port in ports)):
+        raise ValueError(f"ports must be two numbers from 1 to 65535, got {ports}")
     python, deadline = private_python(), time.monotonic() + timeout
     ranks = [0, 1] if protocol == "CHEETAH" else ["both"]
     ports = _free_ports(host) if ports is None else ports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,10 +10,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_lib.folding import fold_for_inference
 from entropy_lib.modeling import EntropyGPT2LMHeadModel
-from entropy_lib.private_inference.architecture import Architecture
+from entropy_lib.private_inference.architecture import Architecture, whole_number
 from entropy_lib.private_inference.parties import run_plan
 
 
@@ -69,26 +71,41 @@ def run_two_party(
 
     Raises ValueError for a model with an operation that is not supported; otherwise as `parties.run_plan`.
     """
-    input_ids = torch.as_tensor(input_ids)
-    ids = input_ids.reshape(-1)
-    if input_ids.dim() > 2 or (input_ids.dim() == 2 and len(input_ids) != 1) or len(ids) < 2:
-        raise ValueError(f"expected one sequence of two or more token ids, got shape {list(input_ids.shape)}")
-    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-        raise ValueError(f"token ids must be in [0, {model.config.vocab_size}), got {ids.min()} to {ids.max()}")
-    if len(ids) > model.config.n_positions:
-        raise ValueError(f"input of {len(ids)} tokens exceeds the model's {model.config.n_positions} positions")
+    ids = _sequence(model, input_ids)
     architecture, weights = server_weights(model, len(ids))
-    one_hot = np.eye(architecture.vocabulary, dtype=np.float32)[ids.cpu().numpy()]
+    one_hot = np.eye(architecture.vocabulary, dtype=np.float32)[ids.numpy()]
     plan = forward_plan(architecture, {name: list(array.shape) for name, array in weights.items()}, len(ids))
     outputs, steps = run_plan(
         plan, {**weights, "one_hot": one_hot}, protocol, record=record, progress=progress, **options
     )
     logits = torch.from_numpy(outputs["logits"]).float()[None]
+    if any(module.training for module in model.modules()):
+        model = copy.deepcopy(model).eval()  # the caller's may be in training in another thread
     with torch.no_grad():
-        was_training = model.training
-        plain = model.eval()(ids[None].to(model.device)).logits.float().cpu()
-        model.train(was_training)
+        plain = model(ids[None].to(model.device)).logits.float().cpu()
     return TwoPartyResult(logits, (logits - plain).abs().max().item(), protocol, steps)
+
+
+def _sequence(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
+    """[T] int64 on the CPU. ValueError for anything that is not one sequence which the model takes."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, GPT2Config):
+        raise ValueError(f"expected a model of this library or a GPT2LMHeadModel, got {type(model).__name__}")
+    try:
+        input_ids = torch.as_tensor(input_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"expected token ids [T] or [1, T], got {type(input_ids).__name__}: {error}") from error
+    ids = input_ids.reshape(-1)
+    if input_ids.dim() > 2 or (input_ids.dim() == 2 and len(input_ids) != 1) or len(ids) < 2:
+        raise ValueError(f"expected one sequence of two or more token ids, got shape {list(input_ids.shape)}")
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"token ids must be integers, got {ids.dtype}")
+    ids = ids.long().cpu()
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise ValueError(f"token ids must be in [0, {config.vocab_size}), got {ids.min()} to {ids.max()}")
+    if len(ids) > config.n_positions:
+        raise ValueError(f"input of {len(ids)} tokens exceeds the model's {config.n_positions} positions")
+    return ids
 
 
 def generate_two_party(
@@ -98,8 +115,11 @@ def generate_two_party(
 
     The passes start anew, there being no private key-value cache.
     """
-    ids = torch.as_tensor(input_ids).reshape(1, -1)
-    for _ in range(max_new_tokens):
+    ids, count = _sequence(model, input_ids)[None], whole_number("max_new_tokens", max_new_tokens)
+    most = model.config.n_positions - ids.shape[1] + 1  # the last token is not read again
+    if not 0 <= count <= most:
+        raise ValueError(f"max_new_tokens must be 0 to {most}, as far as the model's positions reach, got {count}")
+    for _ in range(count):
         token = run_two_party(model, ids, protocol, **options).logits[:, -1].argmax(-1)
         ids = torch.cat([ids, token[None].to(ids)], dim=1)
     return ids
@@ -110,13 +130,29 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
 
     1/√d_k goes into W_Q. Without LayerNorm the stream may carry any scale s, so that β costs nothing: a layer reads
     s·X through scaled W, adds its FFN's output over s·β, and hands s·β on. What stays is the temperature's scale of
-    the queries, a product of T·d elements with a value that the server knows.
+    the queries and, with LayerNorm, β: products of T·d elements with a value that the server knows.
     """
     architecture = Architecture.of(model.config)
+    context_length = architecture.checked_length(context_length)
     if architecture.layer_norm and abs(model.config.layer_norm_epsilon - 1e-5) > 1e-9:
         raise ValueError(f"layer_norm_epsilon must be 1e-5, got {model.config.layer_norm_epsilon}")
-    folded = fold_for_inference(model) if isinstance(model, EntropyGPT2LMHeadModel) else model
-    state = {name: value.detach().double().cpu() for name, value in folded.state_dict().items()}
+    if architecture.activation == "gelu" and model.config.activation_function == "gelu":
+        raise ValueError(
+            "activation 'gelu' is not what the parties compute, which is its tanh form: load the model with "
+            "activation_function='gelu_new', at most 5e-4 from it"
+        )
+    if isinstance(model, EntropyGPT2LMHeadModel):
+        model = fold_for_inference(model)
+    elif isinstance(model, GPT2LMHeadModel):
+        with torch.device("meta"):
+            known = GPT2LMHeadModel(copy.deepcopy(model.config)).state_dict().keys()
+        if strange := sorted(known ^ model.state_dict().keys()):
+            raise ValueError(
+                f"parameters other than GPT-2's ({strange[0]}, ...): merge adapters into its weights first"
+            )
+    else:
+        raise ValueError(f"expected a model of this library or a GPT2LMHeadModel, got {type(model).__name__}")
+    state = {name: value.detach().double().cpu() for name, value in model.state_dict().items()}
     body = "transformer."
     weights = {
         "tokens": state[body + "wte.weight"],
@@ -130,6 +166,8 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
             return state[f"{here}{name}.weight"], state[f"{here}{name}.bias"]
 
         beta = state[here + "beta"].item() if architecture.scaled else 1.0
+        if architecture.scaled and architecture.layer_norm:
+            weights[f"{layer}.beta"], beta = torch.full((context_length, 1), beta), 1.0
         if beta == 0:
             raise ValueError(f"β of layer {layer} is 0: it cannot be moved into the weights")
         qkv, bias = (tensor.clone() for tensor in part("attn.c_attn"))
@@ -154,7 +192,10 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
     if architecture.layer_norm:
         weights |= {"norm.weight": state[body + "ln_f.weight"], "norm.bias": state[body + "ln_f.bias"]}
     weights["vocabulary"] = state["lm_head.weight"].T * scale
-    return architecture, {name: np.ascontiguousarray(value.float().numpy()) for name, value in weights.items()}
+    arrays = {name: np.ascontiguousarray(value.float().numpy()) for name, value in weights.items()}
+    if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"weights of the model are not finite once β is moved into them: {', '.join(broken)}")
+    return architecture, arrays
 
 
 def forward_plan(architecture: Architecture, weights: dict[str, list[int]], context_length: int) -> dict:
@@ -202,6 +243,8 @@ def forward_plan(architecture: Architecture, weights: dict[str, list[int]], cont
             if a.activation != "linear":
                 step("activation", a.activation, ["u"], "u")
             linear("FFN linear", "u", f"{layer}.ffn_out", "y")
+        if a.scaled and a.layer_norm:
+            step("FFN linear", "multiply", ["x", f"{layer}.beta"], "x")
         step("FFN linear", "add", ["x", "y"], "x")
     if a.vocabulary:
         if a.layer_norm:

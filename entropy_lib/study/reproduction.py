@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import shlex
 import sys
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from entropy_lib.entropy import diagnose, entropy_bands
+from entropy_lib.private_inference.costs import read_json
 from entropy_lib.study.experiments import EXPERIMENTS, Experiment
 from entropy_lib.study.parallel import Run, recorded
 from entropy_lib.study.recipes import Recipe, get_recipe
@@ -60,7 +60,7 @@ def paper_ppl(experiment: str, tokens: str = "1.2B") -> dict[str, float]:
     """
     if experiment not in TABLES:
         raise ValueError(f"{experiment!r} is no table with printed perplexities; those are {', '.join(TABLES)}")
-    paper = json.loads(PAPER_TABLES.read_text())
+    paper = read_json(PAPER_TABLES)
     table = paper[TABLES[experiment]]
     baseline = {BASELINE: paper[TABLES["table2"]][BASELINE]}
     if experiment == "table5":

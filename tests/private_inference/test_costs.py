@@ -1,17 +1,34 @@
 """Every printed cell of Tables 3, 4, 7 and 8; prices beyond them; the network."""
 
+import dataclasses
 import json
 import math
 from decimal import Decimal
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from transformers import GPT2Config, LlamaConfig
+import torch
+from transformers import (
+    BertConfig,
+    BloomConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    OPTForCausalLM,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from entropy_lib import EntropyGPT2Config, build_model, inference_cost
-from entropy_lib.private_inference import costs
+from entropy_lib.private_inference import costs, fitting
 from entropy_lib.private_inference.architecture import PARTS, Architecture, operations
 from entropy_lib.private_inference.fitting import DATA, fit_measured, fit_paper, printed_cells
 from entropy_lib.private_inference.network import NETWORKS, Network
+from entropy_lib.study import reproduction
 from entropy_lib.variants import VARIANTS
 
 CELLS = [pytest.param(a, t, v, id=f"{table}-{variant}") for table, variant, a, t, v in printed_cells()]
@@ -180,13 +197,135 @@ def test_network_adds_bytes_over_bandwidth_and_rounds_times_latency():
         (lambda: inference_cost(GPT2Config(n_inner=100), 16), "FFN width 100; it must be 3072"),
         (lambda: inference_cost(GPT2Config(activation_function="tanh"), 16), "'tanh' is not supported"),
         (lambda: inference_cost(GPT2Config(add_cross_attention=True), 16), "cross-attention"),
-        (lambda: inference_cost(LlamaConfig(), 16), "'silu' is not supported"),
-        (lambda: inference_cost(object(), 16), "lacks"),
+        (lambda: inference_cost(LlamaConfig(), 16), "type 'llama' with 'silu' is not supported.*pass an Architecture"),
+        (lambda: inference_cost(object(), 16), "object lacks model_type"),
+        (lambda: inference_cost(GPT2Config(is_causal=False), 16), "causal attention False"),
+        (lambda: inference_cost(OPTConfig(ffn_dim=100), 16), "FFN width 100; it must be 3072"),
+        (lambda: inference_cost(OPTConfig(do_layer_norm_before=False), 16), "LayerNorm before attention and FFN False"),
+        (lambda: inference_cost(OPTConfig(word_embed_proj_dim=64), 16), "embedding width 64; it must be 768"),
+        (lambda: inference_cost(SMALL, 16, None), "unknown price book None"),
+        (lambda: inference_cost(SMALL, 16, MEASURED, ("LAN",)), "must be a Network, one of LAN, WAN or None"),
+        (lambda: inference_cost(SMALL, 16, "spu-0.9.2b0", "LAN"), "no minutes that a network could add to"),
+        (lambda: Network("n", 0, 0.0), "bandwidth must be a number, positive, got 0"),
+        (lambda: Network("n", -1e9, 0.0), "bandwidth must be a number, positive, got -1"),
+        (lambda: Network("n", math.nan, 0.0), "bandwidth must be a number, positive, got nan"),
+        (lambda: Network("n", "1e9", 0.0), "bandwidth must be a number, positive, got '1e9'"),
+        (lambda: Network("n", 1e9, -0.1), "latency must be a number, not negative and finite, got -0.1"),
+        (lambda: Network("n", 1e9, math.nan), "latency must be a number, not negative and finite, got nan"),
+        (lambda: Architecture(layers=2.5), "layers must be an integer, got 2.5"),
+        (lambda: Architecture(heads=True), "heads must be an integer, got True"),
+        (lambda: Architecture(vocabulary="500"), "vocabulary must be an integer, got '500'"),
     ],
 )
 def test_errors_say_what_was_seen_and_what_is_wanted(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("length", [16.0, 2.5, math.nan, True, "16", None, [16], np.float64(16), np.True_, -1, 0])
+@pytest.mark.parametrize("of", [inference_cost, operations], ids=["inference_cost", "operations"])
+def test_a_length_that_is_no_positive_integer_is_refused(of, length):
+    with pytest.raises(ValueError, match=r"context_length must be (an integer|positive), got"):
+        of(SMALL, length)
+
+
+@pytest.mark.parametrize("length", [16, np.int64(16), np.uint8(16), torch.tensor(16)])
+def test_any_integer_is_a_length(length):
+    cost = inference_cost(SMALL, length)
+    assert cost == inference_cost(SMALL, 16)
+    assert type(cost.context_length) is int
+
+
+@pytest.mark.parametrize(
+    "config", [GPT2Config(n_positions=64), EntropyGPT2Config(n_positions=64), OPTConfig(max_position_embeddings=64)]
+)
+def test_a_length_beyond_the_positions_is_refused(config):
+    assert inference_cost(config, 64).context_length == 64
+    for call in (lambda: inference_cost(config, 65), lambda: operations(Architecture.of(config), 65)):
+        with pytest.raises(ValueError, match="context_length 65 exceeds the model's 64 positions"):
+            call()
+
+
+def test_every_other_model_type_is_refused_whatever_names_it_shares_with_gpt2():
+    """Gates, RMSNorm, rotary or relative positions, experts, windows, Post-LN, parallel blocks: none has a price."""
+    names = {"activation_function": "gelu_new", "hidden_act": "gelu_new", "num_hidden_layers": 2, "n_layer": 2}
+    names |= {"num_attention_heads": 4, "n_head": 4, "hidden_size": 64, "n_embd": 64, "vocab_size": 500}
+    others = set(CONFIG_MAPPING_NAMES) - {"gpt2", "entropy_gpt2", "opt"}
+    assert len(others) > 100
+    for kind in others:
+        config = SimpleNamespace(model_type=kind, max_position_embeddings=64, n_positions=64, **names)
+        with pytest.raises(ValueError, match=f"type '{kind}' with 'gelu_new' is not supported.*pass an Architecture"):
+            inference_cost(config, 16)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(hidden_act="gelu"),
+        MistralConfig(hidden_act="gelu"),
+        BertConfig(),
+        GPTNeoXConfig(),
+        BloomConfig(),
+        GPTBigCodeConfig(),
+        GPTJConfig(),
+    ],
+)
+def test_real_configurations_of_other_types_are_refused(config):
+    with pytest.raises(ValueError, match=f"type '{config.model_type}'"):
+        inference_cost(config, 16)
+
+
+def test_opt_has_the_operations_of_gpt2():
+    config = OPTConfig(num_hidden_layers=2, hidden_size=64, ffn_dim=256, num_attention_heads=4, vocab_size=500)
+    assert Architecture.of(config) == dataclasses.replace(SMALL, activation="relu")
+    model = OPTForCausalLM(config)
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.LayerNorm)]
+    ours = list(operations(Architecture.of(config), 1))
+    weights = sum(module.weight.numel() for module in linear)
+    assert weights == sum(o.shape[1] * o.shape[2] for o in ours if o.name == "linear")
+    assert len(norms) == sum(o.name == "layernorm" for o in ours)
+
+
+def test_what_costs_nothing_is_priced_the_same():
+    """Normalised and folded weights are plain ones; a fused FFN has neither an inner width nor an activation."""
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 4, "vocab_size": 500}
+    free = [
+        {"weight_normalization": "spectral", "norm_placement": "FFN"},
+        {"folded": True},
+        {"entropy_regularization": True},
+        {"tie_word_embeddings": False},
+        {"reorder_and_upcast_attn": True},
+    ]
+    assert all(Architecture.of(EntropyGPT2Config(**sizes, **fields)) == SMALL for fields in free)
+    fused = Architecture.of(EntropyGPT2Config(**sizes, fused_ffn=True, activation_function="linear"))
+    assert fused == Architecture.of(EntropyGPT2Config(**sizes, fused_ffn=True, n_inner=100))
+
+
+def test_scaling_costs_a_product_where_layernorm_keeps_it_out_of_the_weights():
+    free, paid = (Architecture(layer_norm=norm, activation="relu", scaled=True) for norm in (False, True))
+    count = [[o.name for o in operations(a, 16)].count("multiply") for a in (free, paid)]
+    assert count == [0, 12]
+    assert (
+        inference_cost(paid, 16, MEASURED).bytes["FFN linear"] > inference_cost(free, 16, MEASURED).bytes["FFN linear"]
+    )
+
+
+def test_without_the_data_one_sentence_says_where_it_comes_from(monkeypatch, tmp_path):
+    monkeypatch.setattr(costs, "BOOKS", tmp_path / "prices")
+    monkeypatch.setattr(fitting, "DATA", tmp_path)
+    monkeypatch.setattr(reproduction, "PAPER_TABLES", tmp_path / "paper_tables.json")
+    calls = [
+        lambda: inference_cost(SMALL, 16), lambda: next(printed_cells()), fitting.main,
+        lambda: reproduction.paper_ppl("table3"),
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*come.? with a clone of the repository"):
+            call()
+    (tmp_path / "prices").mkdir()
+    (tmp_path / "prices" / "paper.json").write_text('{"source": "fit')
+    with pytest.raises(ValueError, match=r"paper.json is not whole: it comes with a clone"):
+        inference_cost(SMALL, 16)
 
 
 def test_a_short_name_is_enough_if_it_is_one_book():

@@ -82,6 +82,24 @@ def test_no_interpreter_and_a_broken_one(tmp_path, monkeypatch):
         private_python()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"timeout": 0}, "timeout must be positive"),
+        ({"timeout": float("nan")}, "got nan and 0"),
+        ({"timeout": float("inf")}, "got inf and 0"),
+        ({"delay": -1}, "delay not negative, in seconds, got 600.0 and -1"),
+        ({"delay": float("nan")}, "got 600.0 and nan"),
+        ({"ports": (70_000, 5_000)}, r"from 1 to 65535, got \(70000, 5000\)"),
+        ({"ports": (5_000,)}, r"ports must be two numbers"),
+    ],
+)
+def test_impossible_times_and_ports_are_refused_first(monkeypatch, options, words):
+    monkeypatch.setattr(parties, "private_python", lambda: pytest.fail("looked for the engine"))
+    with pytest.raises(ValueError, match=words):
+        run_plan(LONG, values_of(LONG), "CHEETAH", **options)
+
+
 def test_make_private_without_an_old_python_gives_one_clear_line(tmp_path):
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     requirements = tmp_path / "entropy_lib" / "private_inference" / "requirements.txt"

@@ -1,6 +1,10 @@
 """The forward pass on shares against the model itself, and what each party gets to see of it."""
 
+import copy
+import itertools
 import json
+import math
+import random
 import re
 import tempfile
 from pathlib import Path
@@ -13,12 +17,14 @@ from running import private_environment, started_processes  # noqa: F401
 from test_parties import plan_of, values_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from entropy_lib import VARIANTS, build_model
+from entropy_lib import VARIANTS, build_model, fold_for_inference
+from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel
 from entropy_lib.private_inference import two_party
 from entropy_lib.private_inference.architecture import Architecture, operations
 from entropy_lib.private_inference.measure import block_architectures, operation_plan, weight_shapes
 from entropy_lib.private_inference.parties import run_plan
 from entropy_lib.private_inference.two_party import forward_plan, generate_two_party, run_two_party, server_weights
+from entropy_lib.variants import NORM_PLACEMENTS
 
 # In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.
 pytestmark = pytest.mark.xdist_group("parties")
@@ -273,12 +279,222 @@ def test_what_cannot_be_run_is_refused_before_anything_starts(monkeypatch, model
         run_two_party(model, ids)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: model.to(torch.float32).transformer.wte.weight.data.fill_(math.nan), "not finite.*tokens"),
+        (lambda model: [block.beta.data.fill_(1e-30) for block in model.transformer.h], "not finite.*ffn_out"),
+        (lambda model: setattr(model.config, "is_causal", False), "causal attention False"),
+    ],
+)
+def test_weights_that_the_parties_cannot_hold_are_refused(change, words):
+    model = tiny_model("SM+ScFFN")
+    change(model)
+    with pytest.raises(ValueError, match=words):
+        server_weights(model, 4)
+
+
+def test_parameters_that_a_gpt2_has_not_are_refused():
+    model = GPT2LMHeadModel(Strange().config)
+    model.transformer.h[0].mlp.c_fc.adapter = torch.nn.Linear(2, 2)
+    ours = tiny_model("SM")
+    ours.transformer.h[0].mlp.c_fc.adapter = torch.nn.Linear(2, 2)
+    for adapted in (model, ours):
+        with pytest.raises(ValueError, match=r"parameters other than[^\n]*(\n.*)*adapter"):
+            server_weights(adapted, 4)
+    with pytest.raises(ValueError, match="got GPT2Model"):
+        server_weights(model.transformer, 4)
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        ([], r"got shape \[0\]"),
+        (IDS.float(), "must be integers, got torch.float32"),
+        (IDS > 5, "must be integers, got torch.bool"),
+        ("abc", "expected token ids"),
+        (None, "got NoneType"),
+        (IDS - 4, r"in \[0, 97\), got -1"),
+    ],
+)
+def test_odd_ids_are_refused(monkeypatch, ids, words):
+    monkeypatch.setattr(two_party, "run_plan", lambda *_, **__: pytest.fail("started"))
+    for call in (run_two_party, lambda model, ids: generate_two_party(model, ids, 1)):
+        with pytest.raises(ValueError, match=words):
+            call(Strange(), ids)
+
+
+@pytest.mark.parametrize("count", [-1, 10, 2.0, True])
+def test_a_continuation_beyond_the_positions_is_refused_before_its_first_pass(monkeypatch, count):
+    monkeypatch.setattr(two_party, "run_two_party", lambda *_, **__: pytest.fail("started"))
+    with pytest.raises(ValueError, match="max_new_tokens must be"):
+        generate_two_party(Strange(), IDS, count)
+
+
+def test_a_model_in_training_stays_as_it_is(monkeypatch):
+    """Each module in its own mode, and no random number drawn."""
+    model = tiny_model("SM+SNorm").train()
+    model.transformer.h[0].eval()
+    modes, state = [module.training for module in model.modules()], torch.random.get_rng_state()
+    plain = copy.deepcopy(model).eval()(IDS[None]).logits
+    monkeypatch.setattr(
+        two_party, "run_plan", lambda plan, values, *_, **__: ({"logits": evaluate(plan, values)[0]}, [])
+    )
+    monkeypatch.setattr(torch.nn.Module, "train", watched(model))
+    result = run_two_party(model, IDS)
+    assert result.max_error < 1e-4
+    torch.testing.assert_close(result.logits, plain.float(), rtol=1e-4, atol=1e-4)
+    assert modes == [module.training for module in model.modules()]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def watched(model, train=torch.nn.Module.train):
+    """`Module.train` that fails on any module of `model`: another thread may be using it."""
+    own = set(map(id, model.modules()))
+
+    def switch(module, mode=True):
+        assert id(module) not in own
+        return train(module, mode)
+
+    return switch
+
+
 def test_beta_zero_cannot_be_moved():
     model = tiny_model("SM+ScFFN")
     with torch.no_grad():
         model.transformer.h[1].beta.zero_()
     with pytest.raises(ValueError, match="β of layer 1 is 0"):
         server_weights(model, 4)
+
+
+# ---- every model that a configuration can describe, without the engine
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def causal_softmax(scores):
+    z = np.where(np.tril(np.ones(scores.shape[-2:], bool)), scores, -np.inf)
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def layernorm(x, gain, bias):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain + bias
+
+
+MEANING = {  # of a plan's operations, written down a second time
+    "embed": lambda one_hot, tokens, positions: one_hot @ tokens + positions,
+    "linear": lambda x, weight, bias=0: x @ weight + bias,
+    "heads": lambda x, count: [p.reshape(len(p), count, -1).swapaxes(0, 1) for p in np.split(x, 3, axis=-1)],
+    "multiply": np.multiply,
+    "scores": lambda query, key: query @ key.swapaxes(1, 2),
+    "softmax": causal_softmax,
+    "mix": lambda weights, value: (weights @ value).swapaxes(0, 1).reshape(weights.shape[1], -1),
+    "add": np.add,
+    "layernorm": layernorm,
+    "gelu": gelu,
+    "relu": lambda x: np.maximum(x, 0),
+    "relu2": lambda x: np.maximum(x, 0) ** 2,
+}
+
+
+def evaluate(plan, values):
+    """The outputs of a plan in double precision, in one place and without shares."""
+    named = {name: np.asarray(value, dtype=np.float64) for name, value in values.items()}
+    for step in plan["steps"]:
+        inputs = [named[name] for name in step["inputs"]]
+        result = MEANING[step["operation"]](*inputs, **step.get("constants", {}))
+        named.update(zip(step["outputs"], result if isinstance(result, list) else [result], strict=True))
+    return [named[name] for name in plan["outputs"]]
+
+
+FIELDS = {  # of EntropyGPT2Config, those that change what is computed or stored; several values each
+    "layer_norm": [True, False],
+    "activation_function": ["gelu_new", "relu", "linear", "relu2", "gelu", "silu", "tanh", "gelu_pytorch_tanh"],
+    "fused_ffn": [False, True],
+    "ffn_scaling": [True, False],
+    "learnable_temperature": [False, True],
+    "entropy_regularization": [False, True],
+    "weight_normalization": [None, None, "weight", "spectral"],
+    "norm_placement": NORM_PLACEMENTS,
+    "folded": [False, False, False, True],
+    "tie_word_embeddings": [True, False],
+    "n_inner": [None, None, None, 128, 48],
+    "layer_norm_epsilon": [1e-5, 1e-5, 1e-5, 1e-3, 1e-12],
+    "scale_attn_weights": [True, True, True, True, False],
+    "scale_attn_by_inverse_layer_idx": [False, False, False, False, True],
+    "reorder_and_upcast_attn": [False, True],
+    "resid_pdrop": [0.0, 0.1],
+    "embd_pdrop": [0.0, 0.1],
+}
+MAIN = ["layer_norm", "activation_function", "fused_ffn", "ffn_scaling", "learnable_temperature"]
+
+
+def combinations():
+    """All of MAIN's values with the other fields at their first, then draws of all fields."""
+    for values in itertools.product(*(FIELDS[name][:3] for name in MAIN)):
+        yield dict(zip(MAIN, values, strict=True))
+    draw = random.Random(0)
+    for _ in range(70):
+        yield {name: draw.choice(values) for name, values in FIELDS.items()}
+
+
+def strange_model(fields):
+    """A model whose every parameter, gain, bias, α, β and t is far from where it starts; None if there is none."""
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 16, "vocab_size": 97, "initializer_range": 0.15}
+    try:
+        config = EntropyGPT2Config(**sizes, **fields, temperature_init=0.7, bos_token_id=None, eos_token_id=None)
+    except ValueError:
+        return None
+    model = EntropyGPT2LMHeadModel(config)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if (value.dim() < 2 and not name.endswith(("left", "right"))) or "log_temperature" in name:
+                value += 0.3 * torch.randn_like(value)
+            if name.endswith("beta"):
+                value.mul_(2 if "h.0" in name else -0.6)
+            if name.endswith("query_scale"):
+                value.mul_(torch.rand_like(value) + 0.5)
+    return model.double().eval()
+
+
+def test_every_combination_of_fields_is_right_or_refused(monkeypatch):
+    right, refused = [], []
+    for fields in combinations():
+        if (model := strange_model(fields)) is None:
+            continue
+        expected = model(IDS[None]).logits
+        folded = fold_for_inference(model)
+        monkeypatch.setattr(two_party, "fold_for_inference", lambda _, folded=folded: folded)
+        again = folded(IDS[None]).logits
+        torch.testing.assert_close(again, expected, rtol=1e-9, atol=1e-9, msg=lambda m, f=fields: f"{f}: {m}")
+        try:
+            plan, values = forward(model, IDS)
+        except ValueError as error:
+            refused.append(str(error))
+            continue
+        (ours,) = evaluate(plan, values)
+        assert np.abs(ours - expected[0].detach().numpy()).max() < 1e-4 * expected.abs().max(), fields
+        right.append(fields)
+    for name in ("weight_normalization", "tie_word_embeddings", "folded", *MAIN):
+        seen = {fields.get(name) for fields in right}
+        assert len(seen - {None}) > 1, f"nothing but {seen} of {name} was tried"
+    assert any(fields["layer_norm"] and fields["ffn_scaling"] for fields in right)
+    causes = ["activation", "FFN width", "layer_norm_epsilon", "attention scaled"]
+    assert all(sum(cause in sentence for cause in causes) == 1 and "\n" not in sentence for sentence in refused)
+    assert all(any(cause in sentence for sentence in refused) for cause in causes)
+
+
+@pytest.mark.parametrize("change", [{}, {"tie_word_embeddings": False}, {"activation_function": "relu"}])
+def test_stock_gpt2_is_the_same_function(change):
+    model = GPT2LMHeadModel(Strange(initializer_range=0.2, **change).config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    (ours,) = evaluate(*forward(model, IDS))
+    assert np.abs(ours - model(IDS[None]).logits[0].detach().numpy()).max() < 1e-4
 
 
 def test_the_docstring_states_the_threat_model():
