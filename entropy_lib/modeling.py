@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, maybe_install_capturing_hooks
+from transformers.utils.output_capturing import OutputRecorder, install_output_capuring_hook
 
 from entropy_lib.interface import attend, no_mask
 from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
 from entropy_lib.weight_normalization import iterate_spectral_norms, normalize_weights
+
+# Saved beside a model: what its config's auto_map names, for processes that have not imported entropy_lib.
+LOADER_NAME = "modeling_entropy_gpt2"
+LOADER = '''"""The classes of this model, for from_pretrained(..., trust_remote_code=True); `import entropy_lib` does as well."""
+
+try:
+    from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError("this model's classes are those of entropy_lib: install it, then load the model again") from error
+'''
 
 
 class EntropyGPT2Config(GPT2Config):
@@ -71,6 +82,17 @@ class EntropyGPT2Config(GPT2Config):
             raise ValueError(f"temperature_init must be positive, got {self.temperature_init}")
         if self.add_cross_attention:
             raise ValueError("the paper's variants are decoder-only; add_cross_attention must be False")
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As transformers', and a file beside it with which `trust_remote_code=True` finds the classes."""
+        names = {"AutoConfig": "EntropyGPT2Config", "AutoModelForCausalLM": "EntropyGPT2LMHeadModel"}
+        self.auto_map = {auto: f"{LOADER_NAME}.{name}" for auto, name in names.items()}
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        (Path(save_directory) / f"{LOADER_NAME}.py").write_text(LOADER, encoding="utf-8")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig") -> None:
+        """Nothing: saving would then copy this module, which is not a model's code without the rest of the package."""
 
 
 class FusedFFN(nn.Module):
@@ -191,6 +213,26 @@ class EntropyGPT2Block(GPT2Block):
         return self.beta * hidden_states + ffn_output
 
 
+class _CapturingHook:
+    """The forward hook with which transformers collects an output; its own is a closure, which cannot be pickled."""
+
+    def __init__(self, key: str, index: int = 0):
+        module = nn.Module()
+        install_output_capuring_hook(module, key, index)
+        (self.hook,) = module._forward_hooks.values()
+        self.arguments = key, index
+
+    def __call__(self, module: nn.Module, args: tuple, output) -> None:
+        return self.hook(module, args, output)
+
+    def __reduce__(self):
+        return type(self), self.arguments
+
+
+def _require_grad(module: nn.Module, args: tuple, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
 class EntropyGPT2Model(GPT2Model):
     """GPT-2's body with `EntropyGPT2Block`s; without LayerNorm the final one is gone as well."""
 
@@ -208,11 +250,17 @@ class EntropyGPT2Model(GPT2Model):
         if not config.layer_norm:
             self.ln_f = nn.Identity()
         self.post_init()
+        handles = []
         if config.weight_normalization and not config.folded:
             for block in self.h:  # after the initialisation, which writes plain weights
                 normalize_weights(block, config)
-            self.register_forward_pre_hook(iterate_spectral_norms)
-        maybe_install_capturing_hooks(self)  # not at the first request, where it would break torch.compile's graph
+            handles.append(self.register_forward_pre_hook(iterate_spectral_norms))
+        for block in self.h:  # not at the first request, where it would break torch.compile's graph
+            handles.append(block.register_forward_hook(_CapturingHook("hidden_states")))
+            handles.append(block.attn.register_forward_hook(_CapturingHook("attentions", 1)))
+            handles.append(block.attn.register_forward_hook(_CapturingHook("entropies", 2)))
+        self._output_capturing_hooks_installed = True
+        self._hook_handles = handles  # unpickled, they keep a later hook from getting the number of one of these
 
 
 @dataclass
@@ -302,6 +350,13 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
                 "them in recorder.passes, one list a forward pass: the prompt's, then one a new token"
             )
         return super().generate(*args, **kwargs)
+
+    def enable_input_require_grads(self) -> None:
+        """As transformers' (gradient checkpointing calls it), with a hook that can be pickled."""
+        hooks = self.get_input_embeddings()._forward_hooks
+        before = set(hooks)
+        super().enable_input_require_grads()
+        hooks.update(dict.fromkeys(hooks.keys() - before, _require_grad))
 
     def entropy_thresholds(self) -> Tensor | None:
         """θ, [L, H], with gradients; None if the variant is not regularised."""

@@ -77,6 +77,25 @@ def _replace_columns(weight: Tensor, columns: slice, block: Tensor) -> Tensor:
     return torch.cat([weight[:, : columns.start], block, weight[:, columns.stop :]], dim=1)
 
 
+def _parametrize(layer: nn.Module, norms: list[nn.Module]) -> nn.Module:
+    """Put `norms` on `layer.weight`, one after the other, so that the layer can still be pickled."""
+    for norm in norms:
+        parametrize.register_parametrization(layer, "weight", norm)
+    type(layer).__reduce_ex__ = _reduce  # torch made this class for this layer, with a __getstate__ that refuses
+    return layer
+
+
+def _reduce(layer: nn.Module, protocol: int) -> tuple:
+    """How a layer with norms is pickled: as the layer without, and the norms to put on it."""
+    plain_class = type(layer).__bases__[0]
+    plain = plain_class.__new__(plain_class)
+    plain.__dict__.update(layer.__dict__)
+    norms = layer.parametrizations.weight
+    plain._parameters = {"weight": norms.original, **layer._parameters}
+    plain._modules = {name: module for name, module in layer._modules.items() if name != "parametrizations"}
+    return _parametrize, (plain, list(norms))
+
+
 def normalize_weights(block: GPT2Block, config: GPT2Config) -> None:
     """Reparametrise the matrices that `norm_placement` names; query, key and value are columns of `c_attn`."""
     norm = {"weight": WeightNorm, "spectral": SpectralNorm}[config.weight_normalization]
@@ -91,4 +110,4 @@ def normalize_weights(block: GPT2Block, config: GPT2Config) -> None:
     if config.norm_placement.endswith("FFN"):
         targets += [(layer, slice(0, layer.weight.shape[1])) for layer in (block.mlp.c_fc, block.mlp.c_proj)]
     for layer, columns in targets:
-        parametrize.register_parametrization(layer, "weight", norm(layer.weight, columns))
+        _parametrize(layer, [norm(layer.weight, columns)])

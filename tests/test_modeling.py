@@ -4,7 +4,13 @@ The `model` fixture (conftest) goes through all variants and all placements of w
 """
 
 import copy
+import io
+import json
 import math
+import os
+import pickle
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -19,6 +25,7 @@ from entropy_lib import (
     attention_entropy,
     build_model,
     fold_for_inference,
+    record_entropy,
 )
 from entropy_lib.modeling import MODEL_SIZES, EntropyGPT2LMHeadModel
 
@@ -272,6 +279,98 @@ def test_save_and_load_through_auto_classes(model, tmp_path):
     # and it goes on training
     training_loss(loaded.train(), ids).backward()
     assert all(grad is not None for grad in gradients(loaded).values())
+
+
+def torch_save_and_load(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("save", [torch_save_and_load, lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy])
+def test_a_model_is_copied_whole(model, save, monkeypatch):
+    """After use and in the middle of training, with all that it can do, into a process with hooks of its own."""
+    ids = tokens()
+    with record_entropy(model):
+        model(ids, output_hidden_states=True)
+    model.gradient_checkpointing_enable()
+    model.transformer.wpe.requires_grad_(False)
+    model.train()
+    monkeypatch.setattr(torch.utils.hooks.RemovableHandle, "next_id", 0)  # as in a process that only loads
+    copied = save(model)
+    attention = copied.transformer.h[0].attn
+    attention.register_forward_hook(lambda *args: None)
+    assert len(attention._forward_hooks) == 3
+    assert [n for n, p in copied.named_parameters()] == [n for n, p in model.named_parameters()]
+    assert not copied.transformer.wpe.weight.requires_grad
+    assert copied.lm_head.weight is copied.transformer.wte.weight
+    results = []
+    for candidate in (model, copied):
+        loss = training_loss(candidate, ids)
+        loss.backward()
+        results.append((loss.detach(), {n: g for n, g in gradients(candidate).items() if g is not None}))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    output, expected = (m.eval()(ids, output_entropies=True, output_hidden_states=True) for m in (copied, model))
+    torch.testing.assert_close(output.entropies, expected.entropies, rtol=0, atol=0)
+    torch.testing.assert_close(output.hidden_states, expected.hidden_states, rtol=0, atol=0)
+    for parameter in copied.parameters():  # it shares nothing with the first
+        parameter.data.zero_()
+    torch.testing.assert_close(model(ids).logits, expected.logits, **EXACT)
+
+
+def test_a_saved_layer_is_a_layer(tiny_model):
+    layer = tiny_model("SM+SNorm", "QK+FFN").transformer.h[0].attn.c_attn
+    again = pickle.loads(pickle.dumps(layer))
+    assert list(again.state_dict()) == list(layer.state_dict())
+    assert torch.equal(again.weight, layer.weight)
+    assert len(again.parametrizations.weight) == 2
+    torch.nn.utils.parametrize.remove_parametrizations(again, "weight")
+    assert type(again) is type(layer).__bases__[0]
+    assert torch.equal(again.weight, layer.weight)
+
+
+WITHOUT_ENTROPY_LIB = """
+import sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert "entropy_lib" not in sys.modules
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(str(error).splitlines()[-1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(type(model).__module__, model.config.folded)
+model.save_pretrained(sys.argv[2])
+AutoTokenizer.from_pretrained("data/models/ereg-tiny").save_pretrained(sys.argv[2])
+"""
+
+
+def test_a_saved_model_is_loaded_by_who_never_heard_of_entropy_lib(tiny_model, tmp_path):
+    model, ids = fold_for_inference(tiny_model(EREG)), tokens()
+    model.save_pretrained(tmp_path / "saved")
+    command = [sys.executable, "-c", WITHOUT_ENTROPY_LIB, tmp_path / "saved", tmp_path / "again"]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    told = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    asked, got = told.stdout.splitlines()[-2:]
+    assert "pass the argument `trust_remote_code=True`" in asked
+    assert got == "entropy_lib.modeling True"
+    saved, again = (sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("saved", "again"))
+    assert set(again) - set(saved) == {"tokenizer.json", "tokenizer_config.json"}
+    assert "modeling_entropy_gpt2.py" in saved
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again")  # here nobody is asked to trust anything
+    assert type(loaded) is EntropyGPT2LMHeadModel
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits, **EXACT)
+
+
+def test_where_entropy_lib_is_missing_the_saved_file_says_so(tiny_model, tmp_path, monkeypatch):
+    tiny_model("SM").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    modules = {name.partition(".")[0] for name in config["auto_map"].values()}
+    assert [path.stem for path in tmp_path.glob("*.py")] == list(modules)
+    monkeypatch.setitem(sys.modules, "entropy_lib.modeling", None)
+    with pytest.raises(ImportError, match="classes are those of entropy_lib: install it"):
+        exec((tmp_path / "modeling_entropy_gpt2.py").read_text(), {})
 
 
 def test_greedy_generation_with_cache_without_cache_and_by_hand(model):

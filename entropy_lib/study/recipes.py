@@ -29,7 +29,7 @@ class Recipe:
         data_seed: of the order of the data; None takes the run's seed, which is the initialisation's.
         entropy_every, eval_every: steps between recorded entropies, and between evaluations (0: at the end only).
         checkpoint_every: steps between checkpoints (0: only when interrupted).
-        eval_blocks: validation blocks used, from the start of the split.
+        eval_blocks: validation blocks used, from the start of the split; all of them if there are fewer.
         loss_coeff, tolerance_margin_factor, reduction, per, ceiling: of `EntropyRegularization`, for variants with
             entropy regularisation. The paper's λ = 1e-5 on the sum over 128 sequences of 128 tokens is 0.164 on the
             mean, which does not depend on the batch.
@@ -158,7 +158,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, seed: int, **over
         "save_steps": recipe.checkpoint_every or 500,
         "save_total_limit": 1,
         "prediction_loss_only": True,
-        "dataloader_drop_last": True,
+        "dataloader_drop_last": True,  # in training; evaluation drops nothing, see EntropyTrainer
         "dataloader_pin_memory": torch.cuda.is_available(),
         # the copy of the next batch to the GPU does not wait for the step that runs there
         "accelerator_config": {"non_blocking": torch.cuda.is_available()},

@@ -6,14 +6,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.compute as compute
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from entropy_lib.entropy import head_means
@@ -29,8 +31,12 @@ class TokenBlocks(torch.utils.data.Dataset):
 
     def __init__(self, dataset: Dataset):
         tables = dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=65_536)
-        chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for t in tables for chunk in t.column(0).chunks]
-        self.ids = np.concatenate(chunks).reshape(len(dataset), -1)
+        chunks = [chunk for table in tables for chunk in table.column(0).chunks]
+        lengths = sorted({int(n) for chunk in chunks for n in np.unique(compute.list_value_length(chunk))})
+        if len(lengths) != 1:
+            seen = f"from {lengths[0]} to {lengths[-1]} tokens" if lengths else "no rows"
+            raise ValueError(f"a split of the corpus has {seen}, wanted at least one block, all of the same length")
+        self.ids = np.concatenate([c.flatten().to_numpy(zero_copy_only=False) for c in chunks]).reshape(-1, *lengths)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -65,6 +71,9 @@ class EntropyTrainer(Trainer):
     next one. With torch.compile there is one graph: models without regularisation are compiled without entropies,
     and where those are wanted (recorded steps, evaluation) the uncompiled model gives them.
 
+    An evaluation is of every sequence of its dataset, once: the loss is the mean over targets and the entropies are
+    means over sequences, whatever the micro-batch and the number of processes.
+
     `history` is the list of recorded rows (see `RunRecord`); it is saved with every checkpoint and restored on
     resume; callbacks with a method `on_record(row)` are given each new one. `eval_loss`, `eval_step` and
     `eval_entropy` (mean of every head, [L, H]) are of the last evaluation.
@@ -81,6 +90,10 @@ class EntropyTrainer(Trainer):
     ):
         kwargs.setdefault("data_collator", collate_blocks)
         super().__init__(*args, **kwargs)
+        positions = self.model.config.n_positions
+        for blocks in (self.train_dataset, self.eval_dataset):
+            if isinstance(blocks, TokenBlocks) and blocks.ids.shape[1] > positions:
+                raise ValueError(f"blocks of {blocks.ids.shape[1]} tokens exceed the model's {positions} positions")
         self.regularization = regularization if self.model.config.entropy_regularization else None
         self.entropy_every = entropy_every
         self.max_skipped_in_a_row = max_skipped_in_a_row
@@ -90,6 +103,7 @@ class EntropyTrainer(Trainer):
         self._grad_norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
         self.skipped = self.skipped_in_a_row = 0
         self.history: list[dict] = []
+        self._eval_sums: list[Tensor] = []
         self.eval_entropy: Tensor | None = None
         self.eval_loss = math.nan
         self.eval_step = -1
@@ -100,18 +114,16 @@ class EntropyTrainer(Trainer):
     # -- loss ---------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        training = model.training
+        if not model.training:
+            return self._evaluation_loss(model, inputs, return_outputs)
         loss, outputs = super().compute_loss(
-            model,  # in evaluation the Trainer's own `self.model`, which is not compiled
-            {**inputs, "output_entropies": not training or self.regularization is not None},
+            model,
+            {**inputs, "output_entropies": self.regularization is not None},
             return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
         padding = inputs.get("attention_mask")
         real = None if padding is None else padding.bool()
-        if not training:
-            self._add_eval_entropy(outputs.entropies)
-            return (loss, outputs) if return_outputs else loss
         # The Trainer's loss is this micro-batch's share of the step's mean, times the number of processes.
         self._cross_entropy = self._cross_entropy + loss.detach() / self.accelerator.num_processes
         if self._recording():
@@ -216,20 +228,70 @@ class EntropyTrainer(Trainer):
 
     # -- evaluation ---------------------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        with self._keeping_the_last_batch():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        with self._keeping_the_last_batch():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _keeping_the_last_batch(self):
+        """`dataloader_drop_last` is about training: what is evaluated must not depend on the micro-batch."""
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop_last
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        self._eval_entropy_sum, self._eval_sequences = None, 0
         metrics = super().evaluate(*args, **kwargs)
-        sequences = self.accelerator.reduce(torch.tensor(self._eval_sequences, device=self.args.device), "sum")
-        self.eval_entropy = (self.accelerator.reduce(self._eval_entropy_sum, "sum") / sequences).cpu()
-        self.eval_loss, self.eval_step = metrics["eval_loss"], self.state.global_step
+        self.eval_loss, self.eval_entropy = self._evaluated
+        self.eval_step = self.state.global_step
         if self.history and self.history[-1]["step"] == self.eval_step:
             self.history[-1]["eval_loss"] = self.eval_loss
         return metrics
 
-    def _add_eval_entropy(self, entropies: Sequence[Tensor]) -> None:
-        total = torch.stack([entropy.detach().mean(dim=2).sum(dim=0) for entropy in entropies])
-        self._eval_entropy_sum = total if self._eval_entropy_sum is None else self._eval_entropy_sum + total
-        self._eval_sequences += entropies[0].shape[0]
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """The Trainer's, with the loss of all targets: its own is of batches, and counts what fills up the last one."""
+        config = self.model.config
+        self._eval_sums = [torch.zeros(3 + config.n_layer * config.n_head, device=self.args.device)]
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        sums = torch.stack(self._eval_sums).cpu().double().sum(dim=0)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.args.device), "sum").cpu()
+        (loss, targets, queries), entropies = sums[:3], sums[3:]
+        self._evaluated = (loss / targets).item(), (entropies / queries).float().view(config.n_layer, -1)
+        if f"{metric_key_prefix}_loss" in output.metrics:
+            output.metrics[f"{metric_key_prefix}_loss"] = self._evaluated[0]
+        return output
+
+    def _evaluation_loss(self, model, inputs: dict[str, Tensor], return_outputs: bool):
+        """The mean loss of a batch of `evaluation_loop`, whose sums are kept: loss, targets, queries, entropies."""
+        real = self._real_sequences(len(inputs["labels"]))
+        labels = inputs["labels"].clone()
+        labels[real:] = -100
+        loss, outputs = super().compute_loss(  # `model` is the Trainer's own, which is not compiled
+            model, {**inputs, "labels": labels, "output_entropies": True}, return_outputs=True
+        )
+        targets = (labels[:, 1:] != -100).sum()
+        total = torch.where(targets > 0, loss * targets, 0.0)  # a mean over no targets is NaN
+        queries = inputs.get("attention_mask", torch.ones_like(labels)).bool()
+        queries[real:] = False
+        entropies = [entropy.masked_fill(~queries[:, None], 0).sum(dim=(0, 2)) for entropy in outputs.entropies]
+        self._eval_sums.append(torch.cat([torch.stack([total, targets, queries.sum()]), *entropies]))
+        return (loss, outputs) if return_outputs else loss
+
+    def _real_sequences(self, batch: int) -> int:
+        """How many sequences of a batch come from the dataset, from its start: under several processes accelerate
+        fills the last batches up with sequences from the beginning."""
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder < 1:
+            return batch
+        return min(batch, max(0, state.remainder - self.accelerator.process_index * batch))
 
     # -- record -------------------------------------------------------------------------------------------------
 
