@@ -18,13 +18,14 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
+from entropy_lib.modeling import LOADER_NAME
 from entropy_lib.study.identity import differences, digest, record_identity
 from entropy_lib.study.runs import read_summary, record_path, written_whole
 
 # What the Trainer and our callbacks write into a checkpoint, the marker of a whole one last.
 MARKER = "whole.json"
 CHECKPOINT_FILES = (
-    MARKER, "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    MARKER, f"{LOADER_NAME}.py", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "history.parquet",
     ".history.parquet.*.tmp", f".{MARKER}.*.tmp", "trainer_state.json",
 )  # fmt: skip

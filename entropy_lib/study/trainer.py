@@ -279,7 +279,7 @@ class EntropyTrainer(Trainer):
         )
         targets = (labels[:, 1:] != -100).sum()
         total = torch.where(targets > 0, loss * targets, 0.0)  # a mean over no targets is NaN
-        queries = inputs.get("attention_mask", torch.ones_like(labels)).bool()
+        queries = inputs.get("attention_mask", torch.ones_like(labels)).bool().clone()
         queries[real:] = False
         entropies = [entropy.masked_fill(~queries[:, None], 0).sum(dim=(0, 2)) for entropy in outputs.entropies]
         self._eval_sums.append(torch.cat([torch.stack([total, targets, queries.sum()]), *entropies]))

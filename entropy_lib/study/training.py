@@ -87,8 +87,8 @@ def train_variant(
     if len(dataset["train"]) < recipe.sequences_per_step:
         raise ValueError(
             f"the corpus has {len(dataset['train'])} training blocks of {recipe.context_length} tokens, a step takes "
-            f"sequences_per_step={recipe.sequences_per_step}: wanted more text, or a recipe with fewer sequences_per_step "
-            "(and a micro_batch that divides it) or a shorter context_length"
+            f"sequences_per_step={recipe.sequences_per_step}: wanted more text, or a recipe with fewer "
+            "sequences_per_step (and a micro_batch that divides it) or a shorter context_length"
         )
     config = {
         "vocab_size": len(tokenizer),
@@ -235,8 +235,9 @@ def _load(corpus: str | Path | Corpus, context_length: int) -> Corpus:
             f"a corpus is a name, a path, or (DatasetDict with train and validation, transformers tokenizer) as "
             f"load_corpus returns it, got {type(corpus).__name__} ({type(error).__name__}: {error})"
         ) from error
-    if not all(lengths):
-        raise ValueError("training blocks, validation blocks, tokens of the tokenizer: got {}, {}, {}".format(*lengths))
+    for name, count in zip(("training split", "validation split", "tokenizer"), lengths, strict=True):
+        if not count:
+            raise ValueError(f"the {name} of the corpus has no rows, wanted at least one block (or token)")
     length = len(dataset["train"][0]["input_ids"])
     if length != context_length:
         raise ValueError(f"the corpus has blocks of {length} tokens, the recipe's context_length is {context_length}")
