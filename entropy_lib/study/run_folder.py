@@ -25,7 +25,8 @@ from entropy_lib.study.runs import read_summary, record_path, written_whole
 # What the Trainer and our callbacks write into a checkpoint, the marker of a whole one last.
 MARKER = "whole.json"
 CHECKPOINT_FILES = (
-    MARKER, f"{LOADER_NAME}.py", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    MARKER, "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
+    f"{LOADER_NAME}.py",
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "history.parquet",
     ".history.parquet.*.tmp", f".{MARKER}.*.tmp", "trainer_state.json",
 )  # fmt: skip
