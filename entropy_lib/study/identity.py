@@ -84,7 +84,8 @@ def known_corpus(name: str, max_tokens: int | None) -> dict:
 
 def differences(wanted: dict, found: dict) -> str:
     """Where an identity differs from the one that is wanted, in words; "" if nowhere. Of the corpus, what is wanted."""
-    found = {**found, "corpus": {key: found["corpus"].get(key) for key in wanted["corpus"]}}
+    corpus, recipe = found.get("corpus") or {}, found.get("recipe") or {}
+    found = {**found, "corpus": {key: corpus.get(key) for key in wanted["corpus"]}, "recipe": asdict(Recipe()) | recipe}
     names, details = [], []
     for name, value in wanted.items():
         if found.get(name) == value:
@@ -100,7 +101,10 @@ def differences(wanted: dict, found: dict) -> str:
 
 
 def digest(identity: dict) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    """SHA-256 (hex), the same before and after a field with a default was added to `Recipe`."""
+    default = asdict(Recipe())
+    changed = {key: value for key, value in identity["recipe"].items() if key not in default or default[key] != value}
+    return hashlib.sha256(json.dumps({**identity, "recipe": changed}, sort_keys=True).encode()).hexdigest()
 
 
 def _plain(name: str, values: dict) -> dict:

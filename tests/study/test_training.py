@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from entropy_lib import EntropyRegularization, build_model, interface
 from entropy_lib.study import runs, training
 from entropy_lib.study.__main__ import main, outcome
+from entropy_lib.study.identity import digest
 from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe, training_arguments
 from entropy_lib.study.run_folder import MARKER, RunFolder
 from entropy_lib.study.runs import RunRecord, compare, load_runs, read_history
@@ -280,6 +281,11 @@ def uninterrupted(corpus):
     return column(train(corpus), "loss").tolist()
 
 
+@pytest.fixture(scope="module")
+def short(corpus):
+    return train(corpus, recipe=replace(RECIPE, steps=1))
+
+
 class _NoStep(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         raise AssertionError("a step was made")
@@ -352,7 +358,7 @@ ANOTHER = {
 
 
 @pytest.mark.parametrize("what", ANOTHER)
-def test_what_determines_the_result_makes_another_run(corpus, started, tmp_path, what):
+def test_what_determines_the_result_makes_another_run(corpus, started, tmp_path, short, what):
     changes = dict(ANOTHER[what])
     if what == "corpus":
         dataset, tokenizer = corpus
@@ -362,9 +368,7 @@ def test_what_determines_the_result_makes_another_run(corpus, started, tmp_path,
         train(**arguments, run_dir=started)
     if what == "seed":  # of another name
         return
-    record = train(corpus, recipe=replace(RECIPE, steps=1))
-    record.recipe["steps"] = RECIPE.steps
-    path = record.save(tmp_path / "out")
+    path = replace(short, recipe=short.recipe | {"steps": RECIPE.steps}).save(tmp_path / "out")
     before = tree(tmp_path / "out")
     with pytest.raises(ValueError, match=f"{what} differ.*choose another output_dir"):
         train(**arguments, output_dir=path.parent)
@@ -379,6 +383,19 @@ def test_a_record_of_another_run_is_replaced_on_demand_only(corpus, tmp_path):
         train(corpus, recipe=replace(RECIPE, steps=2), output_dir=tmp_path)
     train(corpus, recipe=replace(RECIPE, steps=2), output_dir=tmp_path, overwrite=True)
     assert [record.steps for record in load_runs(tmp_path)] == [2]
+
+
+@pytest.mark.parametrize(
+    "name", [entry.name for entry in fields(Recipe) if getattr(RECIPE, entry.name) == entry.default]
+)
+def test_a_claim_from_before_a_field_of_the_recipe_is_of_its_default(started, name):
+    claim = json.loads((started / "run.json").read_text())
+    identity = json.loads(json.dumps(claim["identity"]))
+    del claim["identity"]["recipe"][name]
+    (started / "run.json").write_text(json.dumps(claim))
+    assert digest(claim["identity"]) == digest(identity)  # the name of a folder in the cache, and in a checkpoint
+    with RunFolder(started, identity) as folder:
+        assert folder.last_checkpoint() == started / "checkpoint-4"
 
 
 # -- one process at a time
@@ -516,8 +533,8 @@ def test_a_kill_while_a_checkpoint_is_written_costs_at_most_what_came_after_the_
 
 @pytest.mark.parametrize("fails", ["history", "summary", "in place"])
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_record_is_written_whole_or_not_at_all(corpus, tmp_path, monkeypatch, fails, replaced):
-    record = train(corpus, recipe=replace(RECIPE, steps=1))
+def test_a_record_is_written_whole_or_not_at_all(short, tmp_path, monkeypatch, fails, replaced):
+    record = replace(short)
     if replaced:
         record.save(tmp_path / "out")
     (tmp_path / "out").mkdir(exist_ok=True)
