@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from entropy_lib.entropy import log_softmax_and_softmax
 
@@ -16,6 +17,8 @@ except ImportError:  # no Triton: everything else works, on the eager path
 
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 TRITON_HEAD_DIMS = (16, 128)
+WHOLE_QUERIES = 512  # up to so many queries the eager path makes all weights at once,
+CHUNK_BYTES = 2**26  # beyond, those of so many queries that they take about this much
 
 
 def entropy_attention(
@@ -41,7 +44,8 @@ def entropy_attention(
         mask: boolean, True where a key takes part: [B, T_k], or broadcastable to [B, H, T_q, T_k].
         backend: "triton" never holds the T_q×T_k weights: a fused kernel, for CUDA GPUs from compute capability
             8.0 on, float16, bfloat16 or float32, D from 16 to 128, masks of shape [B, T_k]; no second derivative.
-            "eager" materialises the weights in float32 (float64 for float64 inputs) and takes everything.
+            "eager" makes the weights in float32 (float64 for float64 inputs) and takes everything; those of more than
+            512 queries in chunks, which the backward pass makes again, so that memory is linear in the length.
             "auto" is "triton" where that works, else "eager".
 
     Returns:
@@ -56,11 +60,7 @@ def entropy_attention(
     if _use_triton(backend, query, key, value, mask):
         output, entropy, _ = _fused(query, key, value, temperature, scale, causal, mask)
         return output, entropy
-    log_weights, weights = _weights(query, key, temperature, scale, causal, mask)
-    with torch.autocast(query.device.type, enabled=False):
-        entropy = -(weights * log_weights).sum(-1)
-        output = weights @ _repeat_heads(value, query.shape[1]).to(weights.dtype)
-    return output.to(query.dtype), entropy
+    return _eager(query, key, value, temperature, scale, causal, mask)
 
 
 def entropy_of_attention(
@@ -79,21 +79,75 @@ def entropy_of_attention(
     _check_shapes(query, key, None, temperature, mask)
     if _use_triton(backend, query, key, None, mask):
         return _fused(query, key, None, temperature, scale, causal, mask)[1]
-    log_weights, weights = _weights(query, key, temperature, scale, causal, mask)
-    return -(weights * log_weights).sum(-1)
+    return _eager(query, key, None, temperature, scale, causal, mask)[1]
 
 
-def _weights(
-    query: Tensor, key: Tensor, temperature: Tensor | None, scale: float | None, causal: bool, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """(log A, A), both 0 where masked: [B, H, T_q, T_k], float32 or float64."""
+def _eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    temperature: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    mask: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """Output (None without `value`) and entropy, chunk by chunk of the queries where the sequence is long."""
+    (batch, heads, query_len, _), key_len = query.shape, key.shape[2]
+    if query_len <= WHOLE_QUERIES:
+        return _eager_rows(query, key, value, temperature, scale, causal, mask)
+    rows = max(1, CHUNK_BYTES // (batch * heads * key_len * (8 if query.dtype == torch.float64 else 4)))
+    inputs = (query, key, value, temperature)
+    graph = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    parts = []
+    for start in range(0, query_len, rows):
+        end, keys = min(start + rows, query_len), slice(None)
+        if causal:  # no key after the last that a query of this chunk sees
+            keys = slice(min(max(end + key_len - query_len, 1), key_len))
+        part = (
+            query[:, :, start:end], key[:, :, keys], None if value is None else value[:, :, keys],
+            temperature if temperature is None or temperature.dim() == 1 else temperature[:, start:end], scale,
+            causal, _part_of_mask(mask, slice(start, end), keys), start + key_len - query_len,
+        )  # fmt: skip
+        if graph:
+            parts.append(checkpoint(_eager_rows, *part, use_reentrant=False, preserve_rng_state=False))
+        else:
+            parts.append(_eager_rows(*part))
+    outputs, entropies = zip(*parts, strict=True)
+    return None if value is None else torch.cat(outputs, 2), torch.cat(entropies, 2)
+
+
+def _eager_rows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    temperature: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    mask: Tensor | None,
+    shift: int | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """Output and entropy by the definition: the weights [B, H, T_q, T_k] are float32 or float64, 0 where masked."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    visible = _visible_keys(mask, causal, query.shape[2], key.shape[2], query.device, shift)
     with torch.autocast(query.device.type, enabled=False):
         logits = query.to(dtype) @ _repeat_heads(key, query.shape[1]).to(dtype).transpose(-1, -2)
         logits = logits * _scale(scale, query)
         if temperature is not None:
             logits = logits / (temperature[:, None, None] if temperature.dim() == 1 else temperature[..., None])
-        return log_softmax_and_softmax(logits, _visible_keys(mask, causal, query.shape[2], key.shape[2], query.device))
+        log_weights, weights = log_softmax_and_softmax(logits, visible)
+        entropy = -(weights * log_weights).sum(-1)
+        if value is None:
+            return None, entropy
+        output = weights @ _repeat_heads(value, query.shape[1]).to(weights.dtype)
+    return output.to(query.dtype), entropy
+
+
+def _part_of_mask(mask: Tensor | None, rows: slice, keys: slice) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dim() > 2 and mask.shape[-2] > 1:
+        mask = mask[..., rows, :]
+    return mask[..., keys] if mask.shape[-1] > 1 else mask
 
 
 def _fused(
@@ -173,11 +227,20 @@ def _check_shapes(
 
 
 def _visible_keys(
-    mask: Tensor | None, causal: bool, query_len: int, key_len: int, device: torch.device
+    mask: Tensor | None,
+    causal: bool,
+    query_len: int,
+    key_len: int,
+    device: torch.device,
+    shift: int | None = None,
 ) -> Tensor | None:
-    """Boolean, broadcastable to [B, H, T_q, T_k]; None where every key is visible."""
+    """Boolean, broadcastable to [B, H, T_q, T_k]; None where every key is visible.
+
+    Causal is: query i sees the keys up to i + shift, by default up to i + T_k - T_q.
+    """
     visible = mask[:, None, None, :] if mask is not None and mask.dim() == 2 else mask
-    if causal and query_len > 1:
-        triangle = torch.ones(query_len, key_len, dtype=torch.bool, device=device).tril(key_len - query_len)
+    shift = key_len - query_len if shift is None else shift
+    if causal and shift < key_len - 1:
+        triangle = torch.ones(query_len, key_len, dtype=torch.bool, device=device).tril(shift)
         visible = triangle if visible is None else visible & triangle
     return visible
