@@ -14,6 +14,9 @@ from entropy_lib import kernels
 
 INTERPRET = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: the kernels run on the CPU, in numpy
 SHORT = 128  # up to so many queries and keys, one program computes dQ, dK and dV of a whole head
+# Lengths between two of these are tuned together: they can use the same blocks, and a growing length is tuned anew
+# only a few times.
+LENGTHS = (32, 64, 128, 1024, 4096)
 
 
 def _config(block_m: int, block_n: int, warps: int, stages: int) -> triton.Config:
@@ -79,10 +82,9 @@ def _launch(kernel, split, query: Tensor, key: Tensor, scale: float, causal: boo
             return (batch * heads * triton.cdiv(query_len, meta["BLOCK_M"]),)
         return (batch * kv_heads * (triton.cdiv(key_len, meta["BLOCK_N"]) if split else 1),)
 
-    longest = max(query_len, key_len)
-    length_class = sum(longest > bound for bound in (SHORT, 1024, 4096))
+    lengths = [sum(length > bound for bound in LENGTHS) for length in (query_len, key_len)]
     streamed = any(isinstance(x, TensorDescriptor) for x in arguments.values())
-    kind = (query.dtype.itemsize, length_class, int(streamed), *(int(x is not None) for x in present))
+    kind = (query.dtype.itemsize, *lengths, int(streamed), *(int(x is not None) for x in present))
     with torch.cuda.device_of(query):
         kernel[programs](
             **arguments, scale=scale, heads=heads, query_len=query_len, key_len=key_len,

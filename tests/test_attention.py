@@ -2,14 +2,18 @@
 
 import itertools
 import math
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
-from entropy_lib import attention_entropy, entropy_attention, entropy_of_attention, max_entropy
+from entropy_lib import attention, attention_entropy, entropy_attention, entropy_of_attention, max_entropy
 
 
 def random_qkv(batch=2, heads=4, kv_heads=None, queries=5, keys=None, dim=8, dtype=torch.float64):
@@ -164,6 +168,93 @@ def test_huge_logits_are_one_hot():
     (output.sum() + entropy.sum()).backward()
     torch.testing.assert_close(entropy, torch.zeros_like(entropy))
     assert all(torch.isfinite(x.grad).all() for x in qkv)
+
+
+@pytest.fixture
+def two_queries_at_once(monkeypatch):
+    """Chunks as in long sequences: two queries by four heads by six keys in float64."""
+    monkeypatch.setattr(attention, "WHOLE_QUERIES", 2)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 2 * 4 * 6 * 8)
+
+
+@pytest.mark.parametrize("queries", [3, 6, 8])  # 8 queries of 6 keys: the first two see nothing if causal
+@pytest.mark.parametrize("mask_shape", [None, (1, 6), (1, 4, 1, 6), (1, 1, -1, 6), (1, 1, -1, 1), (4, -1, 6)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_chunks_of_queries_change_nothing(two_queries_at_once, monkeypatch, queries, mask_shape, causal):
+    qkv = [x.requires_grad_() for x in random_qkv(1, 4, 2, queries, 6, dim=3)]
+    temperature = (0.5 + torch.rand(4, queries, dtype=torch.float64)).requires_grad_()
+    mask = None if mask_shape is None else torch.rand([queries if n == -1 else n for n in mask_shape]) < 0.7
+    found = []
+    for whole in (2, 512):
+        monkeypatch.setattr(attention, "WHOLE_QUERIES", whole)
+        output, entropy = entropy_attention(*qkv, temperature, causal=causal, mask=mask)
+        alone = entropy_of_attention(*qkv[:2], temperature, causal=causal, mask=mask)
+        with torch.no_grad():
+            bare = entropy_attention(*qkv, temperature, causal=causal, mask=mask)
+        loss = output.square().sum() + entropy.sin().sum() + alone.cos().sum()
+        first = torch.autograd.grad(loss, (*qkv, temperature), create_graph=True)
+        second = torch.autograd.grad(sum(x.square().sum() for x in first), (*qkv, temperature))
+        found.append((output, entropy, alone, *bare, *first, *second))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-10)
+
+
+def test_chunks_compile_and_know_autocast(two_queries_at_once):
+    qkv = [x.requires_grad_() for x in random_qkv(1, 4, 2, 5, 6, dim=2, dtype=torch.float32)]
+    expected = entropy_attention(*qkv)
+    compiled = torch.compile(entropy_attention, backend="aot_eager", fullgraph=True)(*qkv)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = entropy_attention(*qkv)
+    gradients = [
+        torch.autograd.grad(output.sum() + entropy.sum(), qkv) for output, entropy in (expected, compiled, cast)
+    ]
+    for other, gradient in zip((compiled, cast), gradients[1:], strict=True):
+        torch.testing.assert_close((other, gradient), (expected, gradients[0]))
+
+
+class Memory(TorchDispatchMode):
+    """The bytes of all tensors that operations made inside: alive now, and at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = self.peak = 0
+        self.seen = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self.seen[tensor.untyped_storage()] = True
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen[storage] = True
+                self.alive += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.alive)
+        return result
+
+    def _freed(self, size):
+        self.alive -= size
+
+
+@pytest.mark.parametrize(
+    ("values", "mask", "gradients"), [(True, None, True), (True, "window", True), (False, None, False)]
+)
+def test_memory_stays_below_one_matrix_of_weights(monkeypatch, values, mask, gradients):
+    monkeypatch.setattr(attention, "WHOLE_QUERIES", 16)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 2**14)
+    inputs = [x.requires_grad_(gradients) for x in random_qkv(1, 2, 1, 256, dim=4, dtype=torch.float32)]
+    position = torch.arange(256)
+    window = (position[:, None] - position).abs()[None, None] < 5 if mask else None
+    with Memory() as memory:
+        if values:
+            results = entropy_attention(*inputs, mask=window, causal=not mask)
+        else:
+            results = [entropy_of_attention(*inputs[:2], mask=window, causal=not mask)]
+        if gradients:
+            sum(x.square().sum() for x in results).backward()
+    assert memory.peak < 4 * 2 * 256 * 256
 
 
 Q = torch.zeros(2, 4, 3, 8)

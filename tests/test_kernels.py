@@ -307,6 +307,31 @@ def test_second_derivative_is_refused():
         first.sum().backward()
 
 
+@pytest.mark.skipif(INTERPRETED or TRITON == (0, 0), reason="the interpreter has one configuration a kernel")
+def test_what_is_tuned_together_can_use_the_same_blocks():
+    """Whatever length comes first, and without tuning anew at every length of a decode loop."""
+    operators, calls = attention.operators, []
+
+    class Kernel:
+        def __getitem__(self, programs):
+            return lambda **arguments: calls.append(arguments)
+
+    lengths = [*range(1, 140), 500, 1023, 1024, 1025, 3000, 4096, 4097, 9000]
+    pairs = [(n, n) for n in lengths] + [(1, n) for n in lengths] + [(n, 2 * n) for n in lengths]
+    for query_len, key_len in pairs:
+        query, key = (torch.empty(1, 1, n, 16, dtype=torch.bfloat16) for n in (query_len, key_len))
+        operators._launch(Kernel(), "BLOCK_M", query, key, 1.0, True, (), q=(query,))
+    for kernel in (operators.FORWARD, operators.DQ, operators.DKV):
+        candidates = {}
+        for call in calls:
+            blocks = [tuple(config.kwargs.items()) for config in operators._worth_trying(kernel.configs, call)]
+            assert candidates.setdefault(call["KEY"], blocks) == blocks, (call["query_len"], call["key_len"])
+    decoding = [call["KEY"] for call in calls if call["query_len"] == 1]
+    assert len(set(decoding)) <= 6
+    keys = {(call["query_len"], call["key_len"]): call["KEY"] for call in calls}
+    assert len({keys[1, 1024], keys[1024, 1024], keys[16, 16], keys[128, 128]}) == 4
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("change", "message"),
