@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from datasets import DatasetDict
 from tqdm.std import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from entropy_lib.modeling import build_model
 from entropy_lib.study.cache import cache_folder
 from entropy_lib.study.corpus import corpus_hash, load_corpus
+from entropy_lib.study.global_state import OwnDraws, one_training_at_a_time
 from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe, training_arguments
 from entropy_lib.study.runs import RunRecord
 from entropy_lib.study.speed import model_flops_per_token, steady_tokens_per_second
@@ -39,6 +40,7 @@ __all__ = ["RECIPES", "EntropyTrainer", "Recipe", "collate_blocks", "get_recipe"
 Corpus = tuple[DatasetDict, PreTrainedTokenizerBase]
 
 
+@one_training_at_a_time()
 def train_variant(
     variant: str | Variant,
     corpus: str | Path | Corpus = "sample",
@@ -71,7 +73,8 @@ def train_variant(
 
     A run that was interrupted (Ctrl-C, or the notebook's stop button) leaves a checkpoint in `run_dir` and raises
     KeyboardInterrupt; the same call takes it up there and gives the same losses as without the interruption. A
-    finished run removes its checkpoints. ValueError if `run_dir` holds another run's checkpoint.
+    finished run removes its checkpoints. Global random states and settings are left as they were, and a training in
+    another thread of the process is waited for. ValueError if `run_dir` holds another run's checkpoint.
     """
     variant, recipe = get_variant(variant), get_recipe(recipe)
     dataset, tokenizer = _load(corpus, recipe.context_length)
@@ -99,8 +102,8 @@ def train_variant(
         "model_config": config,
     }
     run_dir = _claim_run_dir(run_dir, identity)
-    set_seed(seed)
-    model = build_model(variant, size, **config)
+    with OwnDraws(seed):
+        model = build_model(variant, size, **config)
     arguments = training_arguments(recipe, run_dir, seed, **(training_overrides or {}))
     blocks = dataset["validation"]
     trainer = EntropyTrainer(
