@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cache
 
 import plotly.io as pio
 import torch
@@ -94,16 +97,13 @@ class Explorer(widgets.VBox):
         if self._drawing:
             return
         self._drawing, self._said = True, None
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # starting a second one takes longer than these small sums, above all on busy cores
         try:
-            with self.figure.batch_update():
+            with _one_thread(), self.figure.batch_update():
                 self.draw(changed)
         except ValueError as error:
             self.say(coloured(f"{error}", OVERLOAD))
         finally:
             self._drawing = False
-            torch.set_num_threads(threads)
             if self._said is not None:  # after the figure, which takes the page longer to draw
                 self.say(self._said)
 
@@ -118,6 +118,34 @@ class Explorer(widgets.VBox):
         """The figure as it stands, without a kernel: for `figures.show`, `figures.save` and pictures."""
         still = go.Figure(self.figure.to_dict()).update_layout(paper_bgcolor="white", plot_bgcolor="white")
         return still.update_traces(uid=None)  # random: the same figure would never be the same output
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """torch in this thread without helpers, whose start takes longer than these small sums, above all on busy cores.
+
+    `torch.set_num_threads` is for the process: a thread that begins meanwhile, a training's say, keeps its 1 for good.
+    """
+    openmp, mkl = _thread_counts()
+    threads = torch.get_num_threads()  # also what makes torch set this thread's number, which it does but once
+    openmp(1)
+    products = mkl(1)
+    try:
+        yield
+    finally:
+        openmp(threads)
+        mkl(products)
+
+
+@cache
+def _thread_counts() -> tuple[Callable[[int], object], Callable[[int], int]]:
+    """What sets the calling thread's number in OpenMP and in MKL; nothing where torch comes without these."""
+    try:
+        library = ctypes.CDLL(torch._C.__file__)
+    except OSError:
+        library = None
+    names = ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+    return tuple(getattr(library, name, lambda threads: 0) for name in names)
 
 
 def _repainted(figure: go.Figure) -> go.Figure:

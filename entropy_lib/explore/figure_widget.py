@@ -8,6 +8,9 @@ anywidget starts a small script, and that one starts plotly's, once a page, keep
 there is a width to fill, and lets changes in whether or not anywidget has given the figure up: even the small script
 comes too late where the page is busy with another figure's plotly.
 
+A page that is loaded anew asks for the figure's state, and plotly 6 gives it the figure as it was made: here it gets
+the figure as it is.
+
 After every redraw plotly sends the kernel all defaults it filled in, 40 kB that no explorer reads and whose receipt
 fails where a default hides an array: here it does not. And a change is one message instead of three.
 
@@ -17,7 +20,9 @@ The handles of ipywidgets' sliders have no name for a screen reader: here they g
 
 from __future__ import annotations
 
+import threading
 import uuid
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -119,11 +124,25 @@ def _widget_class() -> type:
         _own_id = Unicode().tag(sync=True)
 
         def __init__(self, *args, **options):
+            self._changing = threading.RLock()  # a page may ask while another thread draws
             super().__init__(*args, **options)
             self._model_id = self._own_id = uuid.uuid4().hex  # for the script to find its model by
 
         def open(self):  # by figure_widget, when it is complete
             pass
+
+        @contextmanager
+        def batch_update(self):
+            with self._changing, super().batch_update():
+                yield
+
+        def get_state(self, key=None, drop_defaults=False):
+            state = super().get_state(key, drop_defaults)
+            with self._changing:
+                for sent, current in (("_widget_data", "_data"), ("_widget_layout", "_layout")):
+                    if sent in state:
+                        state[sent] = self.trait_metadata(sent, "to_json")(getattr(self, current), self)
+            return state
 
         def _send_update_msg(self, restyle_data, relayout_data, trace_indexes=None, source_view_id=None):
             change = {"style_data": restyle_data, "layout_data": relayout_data, "source_view_id": source_view_id}

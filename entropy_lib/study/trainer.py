@@ -16,10 +16,11 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from entropy_lib.entropy import head_means
 from entropy_lib.regularization import EntropyRegularization
+from entropy_lib.study.global_state import RandomStateKept
 from entropy_lib.study.runs import read_history, write_history, written_whole
 
 
@@ -58,7 +59,7 @@ def collate_blocks(blocks: Sequence[dict] | np.ndarray) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
-class EntropyTrainer(Trainer):
+class EntropyTrainer(RandomStateKept):
     """transformers' Trainer for `EntropyGPT2LMHeadModel`: cross-entropy + λ·penalty, entropies on record.
 
     The penalty is applied if the model has thresholds (an EReg variant), to real queries only where a batch has an

@@ -21,11 +21,12 @@ import torch
 from accelerate.utils import broadcast_object_list, get_int_from_env
 from datasets import DatasetDict
 from tqdm.std import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from entropy_lib.modeling import build_model
 from entropy_lib.study.cache import cache_folder
 from entropy_lib.study.corpus import load_corpus
+from entropy_lib.study.global_state import OwnDraws, one_training_at_a_time
 from entropy_lib.study.identity import corpus_identity, digest, run_identity
 from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe, training_arguments
 from entropy_lib.study.run_folder import MarkWhole, RunFolder, place_of_record, remove
@@ -39,6 +40,7 @@ __all__ = ["RECIPES", "EntropyTrainer", "Recipe", "collate_blocks", "get_recipe"
 Corpus = tuple[DatasetDict, PreTrainedTokenizerBase]
 
 
+@one_training_at_a_time()
 def train_variant(
     variant: str | Variant,
     corpus: str | Path | Corpus = "sample",
@@ -73,7 +75,8 @@ def train_variant(
 
     A run that was interrupted (Ctrl-C, or the notebook's stop button) leaves a checkpoint in `run_dir` and raises
     KeyboardInterrupt; the same call takes it up there and gives the same losses as without the interruption. After a
-    kill it goes on from the last whole checkpoint. A finished run removes its checkpoints, and nothing else.
+    kill it goes on from the last whole checkpoint. A finished run removes its checkpoints, and nothing else. Global random
+    states and settings are left as they were, and a training in another thread of the process is waited for.
 
     Before the first step ValueError is raised for what could not be put on record at the end, for a `run_dir` that
     holds another run's checkpoint or that another process is at work in, and for an `output_dir` that cannot be
@@ -168,8 +171,8 @@ def _train(
     known: dict,
 ) -> RunRecord:
     """The training itself; `known` are the fields of the record that are known before."""
-    set_seed(known["seed"])
-    model = build_model(variant, known["size"], **config)
+    with OwnDraws(known["seed"]):
+        model = build_model(variant, known["size"], **config)
     blocks = dataset["validation"]
     trainer = EntropyTrainer(
         model=model,

@@ -106,18 +106,18 @@ def page(playwright_and_chromium, server):
         page.on("console", lambda message: _note(page.errors, message.type, message.text))
         page.on("pageerror", lambda error: _note(page.errors, "error", str(error)))
         page.goto(server, wait_until="domcontentloaded")
-        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
-        page.evaluate((Path(__file__).parent / "page.js").read_text())
-        run_all(page)
+        prepare(page)
+        page.evaluate("lab.app.commands.execute('notebook:run-all-cells')")
         yield page
         browser.close()
 
 
-def run_all(page):
-    """Run All Cells, and wait until the kernel has; the widgets may still be drawing."""
+def prepare(page):
+    """What page.js has, in a page that is just loaded, once its kernel is there."""
+    page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+    page.evaluate((Path(__file__).parent / "page.js").read_text())
     page.wait_for_function("lab.idle()")
     page.evaluate("lab.listen()")
-    page.evaluate("lab.app.commands.execute('notebook:run-all-cells')")
 
 
 def _note(errors: list[str], kind: str, text: str):

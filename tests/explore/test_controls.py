@@ -1,10 +1,15 @@
 """The parts of the explorers: one redraw per change, classes to select by, colours for light and dark pages."""
 
+import threading
+
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("ipywidgets")
 controls = pytest.importorskip("entropy_lib.explore.controls", exc_type=ImportError)
 figures = pytest.importorskip("entropy_lib.explore.figures", exc_type=ImportError)
+from ipywidgets.widgets.widget import _put_buffers  # noqa: E402
 
 
 class Doubler(controls.Explorer):
@@ -96,3 +101,92 @@ def test_words():
 
 def test_one_key_is_worth_zero_nats_without_a_sign():
     assert controls.keys_worth(-0.0) == "0 nats, 1 keys’ worth"
+
+
+MOVED = {
+    "penalty_explorer": ("theta", 0.9), "temperature_explorer": ("t", 10.0), "run_explorer": ("step", 1),
+    "training_playground": ("show", None), "cost_explorer": ("layers", 5), "attention_inspector": ("text", "a b"),
+}  # fmt: skip
+
+
+def plain(value):
+    """What a figure holds, or what is sent of it, as lists."""
+    if isinstance(value, dict) and set(value) == {"buffer", "dtype", "shape"}:
+        return np.frombuffer(value["buffer"], value["dtype"]).tolist()
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_page_that_is_loaded_anew_gets_the_figure_as_it_is(name, monkeypatch):
+    from entropy_lib import explore
+
+    explorer = getattr(explore, name)()
+    figure, sent = explorer.figure, []
+    control, value = MOVED[name]
+    if value is None:  # the playground, of which only a training moves the figure
+        with figure.batch_update():
+            figure.data[0].y, figure.layout.xaxis2.range = np.float32([3, 2]), [0, 7]
+    else:
+        explorer.controls[control].value = value
+    monkeypatch.setattr(figure, "_send", lambda message, buffers=None: sent.append((message, buffers)))
+    figure._handle_msg({"content": {"data": {"method": "request_state"}}})
+    [(message, buffers)] = sent
+    _put_buffers(message["state"], message["buffer_paths"], buffers)
+    for state in [message["state"], figure.get_state()]:  # ipywidgets 7 asks figure by figure, 8 for all at once
+        data = next(state[name] for name in ("_widget_data", "_data") if name in state)  # plotly 5 has the second
+        layout = next(state[name] for name in ("_widget_layout", "_layout") if name in state)
+        assert plain(data) == plain(figure._data)
+        assert plain(layout) == plain(figure._layout)
+        assert {line["uid"]: line for line in plain(data)}[figure.data[0].uid] == plain(figure.data[0].to_plotly_json())
+    explorer.close()
+
+
+def test_a_redraw_takes_one_thread_from_nobody_else():
+    """Two redraws that overlap in two threads, an exception, and a thread that starts in the middle of a redraw."""
+    inside, outside, started = threading.Barrier(2, timeout=20), threading.Event(), []
+
+    class Counter(Doubler):
+        def draw(self, changed):
+            if changed:
+                started.append(("drawing", torch.get_num_threads()))
+                inside.wait()
+                outside.wait(20)
+            super().draw(changed)
+            if changed == "kind":
+                raise RuntimeError("drawing fails")
+
+    def count(name):
+        started.append((name, torch.get_num_threads()))
+
+    def redraw(explorer):
+        torch.get_num_threads()
+        explorer.redraw("x")
+        count("after")
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        one, other = Counter(), Counter()
+        threads = [threading.Thread(target=redraw, args=[one])]
+        threads[0].start()
+        threads.append(threading.Thread(target=lambda: (inside.wait(), count("new"), outside.set())))
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+        inside = threading.Barrier(1)
+        with pytest.raises(RuntimeError, match="drawing fails"):
+            other.redraw("kind")
+        count("here")
+        newest = threading.Thread(target=count, args=["newest"])
+        newest.start()
+        newest.join()
+    finally:
+        torch.set_num_threads(before)
+    counts = dict(started)
+    assert counts.pop("drawing") in (1, 3)  # 3 where torch comes without OpenMP
+    assert set(counts.values()) == {3}
+    assert {"new", "after", "here", "newest"} == set(counts)

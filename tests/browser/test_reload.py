@@ -1,0 +1,42 @@
+"""A page that is loaded anew while the kernel lives on shows the figures that its controls say."""
+
+import pytest
+from conftest import prepare
+from window import MARKS, Window
+
+MOVES = {
+    "penalty": "theta", "temperature": "t", "runs": "step", "playground": None, "cost": "layers",
+    "inspector": "position",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def loaded_anew(page):
+    """Traces of every explorer before and after its control was moved, and in a page that is loaded then."""
+    first, moved = {}, {}
+    for name, control in MOVES.items():
+        window = Window(page, name)
+        first[name] = window.traces()
+        if control:
+            window.press(control, "Home")
+            window.press(control, "ArrowRight")
+        else:
+            window.press("steps", "Home")
+            window.root.locator("button.entropy-run").click()
+            window.root.locator(".entropy-status", has_text="Finished").wait_for()
+            window.settle()
+        moved[name] = window.traces()
+    page.evaluate("lab.app.commands.execute('docmanager:save')")
+    page.reload(wait_until="domcontentloaded")
+    prepare(page)
+    return first, moved
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_page_loaded_anew_shows_what_the_controls_say(page, name, loaded_anew):
+    first, moved = (traces[name] for traces in loaded_anew)
+    window = Window(page, name)
+    window.figure.locator(".main-svg").first.wait_for()
+    window.settle()
+    assert window.traces() == moved
+    assert moved != first
