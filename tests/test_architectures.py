@@ -39,16 +39,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from entropy_lib import record_entropy
 
 TABLE = Path(__file__).parent.parent / "build" / "architectures.csv"
-SECONDS, GIGABYTES, PARAMETERS = 90, 5, 20_000_000  # what one architecture may take
+SECONDS, GIGABYTES, PARAMETERS = 90, 6, 60_000_000  # what one architecture may take
 T, T_DECODER, HEADS, HEAD_DIM, LAYERS, VOCABULARY = 9, 7, 4, 16, 2, 99
 TOLERANCE = 2e-4  # of eager's largest value; models compute softmax and normalisation in float32
 
 # Fields of configurations by name: the first rule that matches a larger number applies.
 SIZES = [
-    (r".*vocab_size.*|codebook_size|num_embeddings|.*num_embeds|vocab_offset", VOCABULARY),
+    (r"codebook_size", 64),
+    (r".*vocab_size.*|num_embeddings|.*num_embeds|vocab_offset", VOCABULARY),
     (r".*max.*(position|pos_emb|len|seq|token).*|n_positions|n_ctx|context_length|seq_length", 64),
     (r".*(num_key_value_heads|num_kv_heads|n_head_kv)", 2),
     (r".*num_.*heads|n_heads?|.*attention_heads|.*_heads|num_heads", HEADS),
+    (r"mamba_d_head|mamba_head_dim", 32),
     (r"linear_head_dim|.*head_dim|d_kv|dim_head|.*dim_head|d_head|kv_channels|attention_dim|rotary_dim", HEAD_DIM),
     (r".*lora_rank|.*_rank|laurel_rank|index_topk|adapter_.*", HEAD_DIM),
     (r"num_.*_per_tok|.*top_?k.*|.*experts_top.*", 2),
@@ -68,17 +70,33 @@ SIZES = [
     (r".*channels.*|.*_units|.*_size|.*dim|.*num_filters", 32),
 ]  # fmt: skip
 KEPT = re.compile(
-    r".*(kernel_size|stride|num_channels|in_chans|sampling_rate|mel|_theta|_temperature|type_vocab|groups?|factor"
+    r".*(feat_extract_layers|kernel_size|stride|num_channels|in_chans|sampling_rate|mel|_theta|_temperature|type_vocab|groups?|factor"
     r"|ratio|merge_size|temporal_patch_size|shuffle|downsample|num_labels|_ids?$|buckets|max_distance"
     r"|ignore_index|hop_length|frame_rate|conv_pos|index$|base$|original_max).*"
 )
 CHANNELS = re.compile(r".*(hidden_sizes|embed_dims?|channels|dims|channel_list|sizes|_dim)$")
 SPECIAL = re.compile(r".*(token_id|token_index|token_ids|_index_id|_id)$")
+NOT_COPIED = "out_features out_indices stage_names per_layer_config transformers_version architectures dtype".split()
+MILDER = re.compile(r".*(layers|n_layer|depth|vocab_size|experts|max_position_embeddings|n_positions)|.*token_id")
+# What configurations need to be told.
+OVERRIDES = {
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "longcat_flash": {"head_dim": 16, "qk_rope_head_dim": 16},
+    "autoformer": {"prediction_length": 4},
+    "informer": {"prediction_length": 4},
+    "time_series_transformer": {"prediction_length": 4},
+}
 PREFERRED = "CAUSAL_LM SEQ_TO_SEQ_CAUSAL_LM IMAGE_TEXT_TO_TEXT MULTIMODAL_LM".split()
 
 
-def shrunk(fields: dict, kinds: tuple[int, ...] | None = None) -> dict:
-    """A configuration's dictionary with small numbers in it; lists by layer keep two layers of different kinds."""
+def shrunk(fields: dict, milder: bool = False) -> dict:
+    """A configuration's dictionary with small numbers in it; lists by layer keep two layers of different kinds.
+
+    Milder: only fewer layers, tokens and experts, where the sizes depend on each other in ways not known here.
+    """
     layers = max((v for k, v in fields.items() if re.fullmatch(r"num_hidden_layers|n_layers?|num_layers", k)
                   and isinstance(v, int)), default=None)  # fmt: skip
     by_layer = {k: v for k, v in fields.items() if isinstance(v, list) and layers and len(v) == layers}
@@ -98,8 +116,12 @@ def shrunk(fields: dict, kinds: tuple[int, ...] | None = None) -> dict:
             result[name] = [value[i] for i in kinds if i < len(value)]
         elif name == "num_hidden_layers" and number and value > 1:
             result[name] = len(kinds)
+        elif name in NOT_COPIED or (name == "rope_parameters" and not value):
+            continue
+        elif name == "head_dim" and value is None and "num_attention_heads" in fields:
+            result[name] = HEAD_DIM
         elif isinstance(value, dict):
-            result[name] = shrunk(value)
+            result[name] = shrunk(value, milder)
             if name == "rope_parameters" and "rope_theta" in value:  # one section each for time, height and width
                 partial = value.get("partial_rotary_factor") or fields.get("partial_rotary_factor") or 1
                 half = int(HEAD_DIM * partial) // 2
@@ -111,21 +133,23 @@ def shrunk(fields: dict, kinds: tuple[int, ...] | None = None) -> dict:
         elif isinstance(value, list) and name.startswith("eos_token"):
             result[name] = 2
         elif isinstance(value, list) and len(value) == 2 and re.fullmatch(r"image_size|patch_size", name):
-            result[name] = [16, 16] if name == "image_size" else [4, 4]
-        elif name in ("out_features", "per_layer_config", "out_indices", "stage_names") or (
-            name == "rope_parameters" and not value
-        ):
-            continue
-        elif name in ("n_group", "topk_group"):
-            result[name] = value and 1
+            result[name] = value if milder else [16, 16] if name == "image_size" else [4, 4]
+        elif name == "window_size" and number and "patch_size" in fields and not milder:
+            result[name] = 16
+        elif re.fullmatch(r"n_group|topk_group|.*n_groups", name) and number:
+            result[name] = 1
         elif isinstance(value, list) and value and name in ("long_factor", "short_factor"):
             result[name] = value[: HEAD_DIM // 2]
         elif isinstance(value, list) and CHANNELS.fullmatch(name) and all(isinstance(v, int) and v > 16 for v in value):
             result[name] = [max(16, v // min(value) * 16) for v in value]
+        elif milder and not MILDER.fullmatch(name):
+            result[name] = value
         elif name == "depths" and isinstance(value, list):
             result[name] = [1 for _ in value]
         elif number and value > 1 and not KEPT.fullmatch(name):
             size = next((size for rule, size in SIZES if re.fullmatch(rule, name)), None)
+            if milder and not MILDER.fullmatch(name):
+                size = None
             if re.fullmatch(r".*num_(key_value|kv)_heads", name) and value == fields.get("num_attention_heads"):
                 size = HEADS
             result[name] = value if size is None else min(value, size)
@@ -134,12 +158,10 @@ def shrunk(fields: dict, kinds: tuple[int, ...] | None = None) -> dict:
     return result
 
 
-def tiny_config(model_type: str, **changes):
+def tiny_config(model_type: str, milder: bool = False, **changes):
     kind = CONFIG_MAPPING[model_type]
-    fields = shrunk(json.loads(json.dumps(kind().to_dict(), default=str)))
-    for name in ("transformers_version", "architectures", "_attn_implementation", "dtype", "torch_dtype"):
-        fields.pop(name, None)
-    return kind.from_dict({**fields, **changes})
+    fields = shrunk(json.loads(json.dumps(kind().to_dict(), default=str)), milder)
+    return kind.from_dict({**fields, **OVERRIDES.get(model_type, {}), **changes})
 
 
 def model_classes(config) -> list[type[PreTrainedModel]]:
@@ -170,10 +192,11 @@ def model_classes(config) -> list[type[PreTrainedModel]]:
 
 def build(kind, config) -> PreTrainedModel:
     """Eager, in float64 evaluation mode, every parameter random and off its initial value."""
+    parameters = 0
     with torch.device("meta"), contextlib.suppress(Exception):
         parameters = sum(p.numel() for p in kind._from_config(copy.deepcopy(config)).parameters())
-        if parameters > PARAMETERS:
-            raise MemoryError(f"{parameters:,} parameters at what should be tiny size")
+    if parameters > PARAMETERS:
+        raise MemoryError(f"{parameters:,} parameters at what should be tiny size")
     torch.manual_seed(0)
     model = kind._from_config(config, attn_implementation="eager").double().eval()
     with contextlib.suppress(Exception):  # the grouped products know no float64
@@ -215,11 +238,24 @@ def tiny_inputs(model) -> list[dict]:
     guesses = []
     if text:
         guesses.append({**text, **decoder})
+    if text and not decoder and model.can_generate():
+        kinds = torch.tensor([[0, 1, 1, 1, 0, 0, 1, 1, 0]]).expand(3, -1)  # where images are, or what is a prefix
+        packed = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]).expand(3, -1)
+        for name, values in (("token_type_ids", kinds), ("mm_token_type_ids", kinds), ("position_ids", packed)):
+            if name in signature:
+                guesses.append({**text, name: values})
     for name in ("inputs_embeds", "hidden_states", "query_embeds", "encoder_hidden_states"):
         required = name in signature and signature[name].default is inspect.Parameter.empty
         width = getattr(config, "hidden_size", None)
         if not text and isinstance(width, int) and (required or name == "inputs_embeds" in signature):
             guesses.append({name: torch.randn(3, T, width, dtype=torch.float64, generator=generator)})
+    if "grid_thw" in signature:  # Qwen's vision models: patches in a row, and how they lie
+        patch, channels = getattr(config, "patch_size", 4), getattr(config, "in_channels", None) or 3
+        width = channels * getattr(config, "temporal_patch_size", 1) * patch**2
+        first = next(iter(signature))
+        for shape in ((16, width), (16, channels, patch, patch)):
+            guesses.append({first: torch.randn(*shape, dtype=torch.float64, generator=generator),
+                            "grid_thw": torch.tensor([[1, 4, 4]])})  # fmt: skip
     if "bbox" in signature:
         guesses.append({**text, **decoder, "bbox": torch.zeros(3, T, 4, dtype=torch.long)})
     torch.manual_seed(2)
@@ -287,33 +323,41 @@ def entropy_of(weights):
 
 
 def run_eager(model, inputs):
+    torch.manual_seed(3)  # some models draw masks or codes
     with torch.no_grad(), Eager() as eager:
         output = model(**inputs)
     return output, [entropy_of(w) if w is not None else None for _, w in eager.calls]
 
 
-def parts_outside_the_interface(model, inputs, calls) -> list[str]:
-    """Weights that the eager model returns beside those that came through the interface."""
+def parts_outside_the_interface(model, inputs) -> list[str]:
+    """Attention weights that the eager model returns and that did not come through the interface."""
     try:
-        with torch.no_grad():
+        torch.manual_seed(3)
+        with torch.no_grad(), Eager() as eager:
             output = model(**inputs, output_attentions=True)
     except Exception:
         return []
-    weights, waiting = {}, [v for k, v in output.items() if "attentions" in k or hasattr(v, "items")]
+    returned, waiting = [], [v for k, v in output.items() if "attentions" in k or hasattr(v, "items")]
     while waiting:
         value = waiting.pop()
         if isinstance(value, torch.Tensor):
-            weights[id(value)] = value
+            returned.append(value)
         elif hasattr(value, "items"):
             waiting += [v for k, v in value.items() if "attentions" in k]
         elif isinstance(value, (tuple, list)):
             waiting += value
-    if len(weights) > calls:
-        return [f"the model returns {len(weights)} attention weights, {calls} through the interface"]
-    return []
+    known = [weights for _, weights in eager.calls if weights is not None]
+    outside = [
+        tuple(weights.shape) for weights in returned
+        if weights.dim() == 4
+        and (weights.sum(-1) - 1).abs().max() < 1e-3  # not what else is called attention
+        and not any(weights.shape == w.shape and torch.equal(weights, w) for w in known)
+    ]  # fmt: skip
+    return [f"eager attention outside the interface, weights {outside}"] if outside else []
 
 
 def run_ours(model, inputs):
+    torch.manual_seed(3)
     with torch.no_grad(), record_entropy(model) as recorder:
         output = model(**inputs)
     return output, list(recorder.entropies)
@@ -332,9 +376,11 @@ def real_rows(masks, shape, dim):
 def far(ours, theirs, rows=...) -> float:
     """Largest difference, in units of eager's largest value (of 1 for entropies, which are in nats)."""
     ours, theirs = ours.double()[rows], theirs.double()[rows]
-    if ours.numel() == 0:
+    different = (ours != theirs) & ~(ours.isnan() & theirs.isnan())  # equal infinities are equal
+    if not different.any():
         return 0.0
-    difference = (ours - theirs).abs().max() / theirs.abs().max().clamp(min=1)
+    size = theirs[theirs.isfinite()].abs().max() if theirs.isfinite().any() else torch.ones(())
+    difference = (ours - theirs)[different].abs().max() / size.clamp(min=1)
     return float("inf") if difference.isnan() else difference.item()
 
 
@@ -390,7 +436,7 @@ def examine(model, inputs) -> dict[str, str]:
 
     found, (expected, output), entropies = compare(model, inputs)
     note("plain", found)
-    note("parts", parts_outside_the_interface(model, inputs, len(entropies)))
+    note("parts", parts_outside_the_interface(model, inputs))
     parameters = inspect.signature(model.forward).parameters
     text = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     if text not in inputs:
@@ -413,7 +459,11 @@ def examine(model, inputs) -> dict[str, str]:
         ones = {"attention_mask": torch.ones_like(inputs["input_ids"])} if "input_ids" in inputs else {}
         if "decoder_attention_mask" in parameters and text != "input_ids":
             ones["decoder_attention_mask"] = torch.ones_like(inputs[text])
-        (same_eager, _), (same, _) = run_eager(model, {**inputs, **ones}), run_ours(model, {**inputs, **ones})
+        try:
+            same_eager, _ = run_eager(model, {**inputs, **ones})
+        except Exception:  # what a model needs to know only where there is a mask
+            return problems, len(entropies)
+        same, _ = run_ours(model, {**inputs, **ones})
         found = []
         for name, ours in floats(output).items():
             theirs = far(floats(same_eager)[name], floats(expected)[name])
@@ -478,9 +528,17 @@ def one_line(error: BaseException) -> str:
 
 def judge(name: str) -> tuple[str, str, str]:
     """(model class, verdict, why) of one row of the table; runs in a process of its own."""
+    first = _judge(name, milder=False)
+    if first[1] != "not buildable":
+        return first
+    second = _judge(name, milder=True)
+    return first if second[1] == "not buildable" else second
+
+
+def _judge(name: str, milder: bool) -> tuple[str, str, str]:
     model_type, _, variant = name.partition("+")
     try:
-        config = tiny_config(model_type, **({variant: True} if variant else {}))
+        config = tiny_config(model_type, milder, **({variant: True} if variant else {}))
     except Exception as error:
         return "", "not buildable", f"configuration: {one_line(error)}"
     classes = model_classes(config)
@@ -516,7 +574,7 @@ def _of_class(model, failures) -> tuple[str, str] | None:
     right, refused, worked = [], [], 0
     for inputs in tiny_inputs(model):
         label = "+".join(inputs)
-        if worked == 2:
+        if worked == 4:
             break
         try:
             expected, _ = run_eager(model, inputs)
@@ -594,6 +652,22 @@ def sweep(chosen=None, table=TABLE):
                 print(f"{row['architecture']}: {row['verdict']}: {row['why']}", flush=True)
     print(dict(collections.Counter(row["verdict"] for row in found)), f"of {len(found)}; the table is {table}")
     return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "nllb-moe",  # its decoder carries is_causal=False and relies on its mask
+        "paligemma",  # as does its text model, which sees a prefix in both directions
+        "bridgetower",  # is_causal=True without a mask, which eager attention does not read
+        "llama4_text",  # chunks
+        "gemma3",  # windows, images in both directions
+        "bert+is_decoder",
+    ],
+)
+def test_causal_where_eager_attention_is(name):
+    _, verdict, why = judge(name)
+    assert verdict == "right", why
 
 
 @pytest.mark.slow
