@@ -75,8 +75,8 @@ def train_variant(
 
     A run that was interrupted (Ctrl-C, or the notebook's stop button) leaves a checkpoint in `run_dir` and raises
     KeyboardInterrupt; the same call takes it up there and gives the same losses as without the interruption. After a
-    kill it goes on from the last whole checkpoint. A finished run removes its checkpoints, and nothing else. Global random
-    states and settings are left as they were, and a training in another thread of the process is waited for.
+    kill it goes on from the last whole checkpoint. A finished run removes its checkpoints, and nothing else.
+    Global random states and settings are left as they were; a training in another thread of the process is waited for.
 
     Before the first step ValueError is raised for what could not be put on record at the end, for a `run_dir` that
     holds another run's checkpoint or that another process is at work in, and for an `output_dir` that cannot be
