@@ -78,8 +78,8 @@ def train_variant(
     if len(dataset["train"]) < recipe.sequences_per_step:
         raise ValueError(
             f"the corpus has {len(dataset['train'])} training blocks of {recipe.context_length} tokens, a step takes "
-            f"sequences_per_step={recipe.sequences_per_step}: wanted more text, or a recipe with fewer sequences_per_step "
-            "(and a micro_batch that divides it) or a shorter context_length"
+            f"sequences_per_step={recipe.sequences_per_step}: wanted more text, or a recipe with fewer "
+            "sequences_per_step (and a micro_batch that divides it) or a shorter context_length"
         )
     data_hash = corpus_hash(dataset)
     config = {
