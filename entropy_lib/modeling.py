@@ -26,7 +26,7 @@ from entropy_lib.weight_normalization import iterate_spectral_norms, normalize_w
 
 # Saved beside a model: what its config's auto_map names, for processes that have not imported entropy_lib.
 LOADER_NAME = "modeling_entropy_gpt2"
-LOADER = '''"""This model's classes, for from_pretrained(..., trust_remote_code=True); `import entropy_lib` does too."""
+LOADER = '''"""This model's classes, for from_pretrained(..., trust_remote_code=True)."""
 
 try:
     from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel  # noqa: F401

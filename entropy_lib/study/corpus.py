@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
@@ -163,11 +164,14 @@ def _sample() -> Source:
         raise FileNotFoundError(f"{parquet} is missing: it comes with a clone of the repository")
 
     def documents():
-        for row in pq.read_table(parquet, columns=["package", "path", "text"]).to_pylist():
+        with _damage_named(parquet):
+            rows = pq.read_table(parquet, columns=["package", "path", "text"]).to_pylist()
+        for row in rows:
             yield Document(**row, split="validation" if row["package"] in validation else "train")
 
     def packages():
-        return json.loads((wheels.DATA / "sample.json").read_text(encoding="utf-8"))["packages"]
+        with _damage_named(facts := wheels.DATA / "sample.json"):
+            return json.loads(facts.read_text(encoding="utf-8"))["packages"]
 
     key = json.dumps([tokens.file_sha256(parquet), sorted(validation)])
     return Source("sample", *CORPORA["sample"], key, documents, packages, quiet=True)
@@ -192,11 +196,10 @@ def _pinned(name: str, cache: Path) -> Source:
 
 def _codeparrot(limits: dict[str, int]) -> Source:
     """The paper's corpus, streamed from the hub until there are `limits` tokens."""
-    key = "huggingface-course/codeparrot-ds"
 
     def documents():
         for split in SPLITS:
-            repository = f"{key}-{'train' if split == 'train' else 'valid'}"
+            repository = f"huggingface-course/codeparrot-ds-{'train' if split == 'train' else 'valid'}"
             budget = 6 * limits[split]  # bytes; code has 4 to 5 a token, and the build cuts exactly
             try:
                 for number, row in enumerate(datasets.load_dataset(repository, split=split, streaming=True)):
@@ -214,6 +217,7 @@ def _codeparrot(limits: dict[str, int]) -> Source:
 
     # rows come shuffled: the first are as good a sample for the tokenizer as any
     scan = tokens.TOKENIZER_BYTES
+    key = json.dumps(["huggingface-course/codeparrot-ds", tokens.RUN_CHARS])
     return Source("codeparrot", *CORPORA["codeparrot"], key, documents, scan_bytes=scan, max_tokens=limits)
 
 
@@ -231,12 +235,13 @@ def _local(path: Path) -> Source:
             for row, text in enumerate(_texts(file)):
                 if not isinstance(text, (str, type(None))):
                     raise ValueError(f"{file}, text {row}: saw {type(text).__name__}, wanted a string")
+                text = text and text.removeprefix("\ufeff")  # a byte-order mark is not text
                 if text and text.strip():
                     text = text.encode("utf-8", "replace").decode()  # JSON can spell half a surrogate pair
                     yield Document("", f"{file.name}:{row}", "train", text)
 
     name = path.resolve().name
-    key = json.dumps([[file.suffix.lower(), tokens.file_sha256(file)] for file in files])
+    key = json.dumps([tokens.RUN_CHARS, *([file.suffix.lower(), tokens.file_sha256(file)] for file in files)])
     split = _split_by_hash(documents, 0.05)
     return Source(name, f"Text from {name}, split by document.", "the user's own", key, split)
 
@@ -250,14 +255,20 @@ def _texts(file: Path) -> Iterator[str]:
             raise ValueError(f"{file}: saw columns {', '.join(names)}, wanted {' or '.join(TEXT_COLUMNS)}")
         return known[0]
 
+    def checked(text, place=""):
+        if "\0" in text:
+            raise ValueError(f"{file}{place}: saw NUL bytes, as in UTF-16, wanted UTF-8 text: save it as UTF-8")
+        return text
+
     try:
         if file.suffix.lower() == ".parquet":
-            table = pq.ParquetFile(file)
-            for batch in table.iter_batches(columns=[column(table.schema_arrow.names)]):
-                yield from batch.column(0).to_pylist()
+            with _damage_named(file), pq.ParquetFile(file) as table:
+                for batch in table.iter_batches(columns=[column(table.schema_arrow.names)]):
+                    yield from batch.column(0).to_pylist()
         elif file.suffix.lower() == ".jsonl":
             with open(file, encoding="utf-8") as lines:
                 for number, line in enumerate(lines, 1):
+                    line = checked(line.lstrip("\ufeff"), f", line {number}")
                     if not line.strip():
                         continue
                     row = json.loads(line)
@@ -265,11 +276,29 @@ def _texts(file: Path) -> Iterator[str]:
                         raise ValueError(f"{file}, line {number}: saw {type(row).__name__}, wanted an object")
                     yield row[column(row)]
         else:
-            yield file.read_bytes().decode()
+            yield checked(file.read_bytes().decode())
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: saw bytes that are not UTF-8 ({error}), wanted UTF-8 text") from error
+        raise ValueError(
+            f"{file}: saw bytes that are not UTF-8 ({error}), wanted UTF-8 text: save it as UTF-8, or write it again "
+            "if it was cut off"
+        ) from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {number}: saw {line[:60]!r}, wanted a JSON object") from error
+        raise ValueError(
+            f"{file}, line {number}: saw {line[:60]!r}, wanted a JSON object: if the file was cut off, write it again "
+            "or delete this line"
+        ) from error
+
+
+@contextmanager
+def _damage_named(file: Path):
+    """Turn what pyarrow and json say of a damaged file, without its name, into a ValueError that says what to do."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, json.JSONDecodeError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{file} cannot be read: it is empty, cut off or damaged ({cause}). Write or download it again"
+        ) from error
 
 
 def _split_by_hash(documents: Callable[[], Iterable[Document]], share: float) -> Callable[[], Iterator[Document]]:

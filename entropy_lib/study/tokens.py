@@ -18,15 +18,18 @@ from typing import NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.std import tqdm  # not tqdm.auto: its notebook bar shows 0% for ever in papermill logs
 
-FORMAT_VERSION = 1  # raise it when the same documents would give other token files
+FORMAT_VERSION = 1  # raise it when the same documents would give other token files, of pinned corpora too
 END_OF_TEXT = "<|endoftext|>"
 SPLITS = ("train", "validation")
 FILES = ("train.bin", "validation.bin", "tokenizer.json")
 TOKENIZER_BYTES = 64_000_000  # text that the tokenizer is trained on, at most: bounds memory and time
 PIECE_CHARS, BATCH_CHARS = 1_000_000, 4_000_000  # longest text encoded at once; text encoded in parallel
+# Longest run of letters, digits, signs or blanks that is looked at as one word: merging takes time with its square. The
+# longest of the pinned corpora has 179, so that their tokens are those of GPT-2's pattern, which has no limit.
+RUN_CHARS = 256
 HASH_ALWAYS_BYTES = 64_000_000  # token files up to this size are hashed at every load, larger ones on demand
 
 
@@ -106,8 +109,9 @@ def _read_manifest(folder: Path, verify: bool) -> tuple[dict | None, str | None]
     """The manifest and None, or what is wrong with the files it describes."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, known in manifest["files"].items():
-            path = folder / name
+        np.dtype(manifest["dtype"])
+        for name in FILES:
+            path, known = folder / name, manifest["files"][name]
             if not path.exists() or path.stat().st_size != known["bytes"]:
                 return None, f"{name} is missing or has the wrong size"
             if (verify or known["bytes"] <= HASH_ALWAYS_BYTES) and file_sha256(path) != known["sha256"]:
@@ -127,7 +131,8 @@ def _build(source: Source, vocab_size: int, folder: Path) -> dict:
     try:
         texts = _tokenizer_texts(source)
         label = f"{source.name}: training the tokenizer on {sum(map(len, texts)) / 1e6:.1f} MB"
-        tokenizer = _train_tokenizer(progress(texts, label, quiet=source.quiet), vocab_size)
+        pieces = (piece for text in progress(texts, label, quiet=source.quiet) for piece in _pieces(text))
+        tokenizer = _train_tokenizer(pieces, vocab_size)
         del texts
         tokenizer.save(str(temporary["tokenizer.json"]))
         documents = progress(source.documents(), f"{source.name}: encoding", quiet=source.quiet)
@@ -166,7 +171,14 @@ def _tokenizer_texts(source: Source) -> list[str]:
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE: id 0 is the end of text, 1 to 256 are the bytes, then the merges."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    words = words.replace("+", f"{{1,{RUN_CHARS}}}")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -179,11 +191,11 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of about PIECE_CHARS that end at a line end where there is one."""
+    """`text` in pieces of about PIECE_CHARS that end at a line end, or else between words, where there is one."""
     start = 0
     while len(text) - start > PIECE_CHARS:
-        end = text.rfind("\n", start + 1, start + PIECE_CHARS)
-        end = start + PIECE_CHARS if end < 0 else end
+        ends = (text.rfind(mark, start + 1, start + PIECE_CHARS) for mark in "\n ")
+        end = next((end for end in ends if end > 0), start + PIECE_CHARS)
         yield text[start:end]
         start = end
     yield text[start:]

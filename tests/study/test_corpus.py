@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -642,12 +643,85 @@ def test_own_text_is_cached_by_content(tmp_path, cache):
     assert corpus_hash(load_corpus(path, 8, 300)[0]) != first
 
 
+@pytest.mark.parametrize("kind", ["txt", "md", "py", "jsonl", "parquet"])
+def test_a_byte_order_mark_is_not_text(tmp_path, kind):
+    texts = ["first words here. " * 40, "other things there. " * 30]
+    if kind in ("jsonl", "parquet"):
+        path = write_documents(tmp_path, kind, ["\ufeff" + texts[0], texts[1]])
+        if kind == "jsonl":  # one at its start, one where two files were joined
+            path.write_text("".join("\ufeff" + line for line in path.read_text().splitlines(keepends=True)))
+    else:
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number}.{kind}").write_text("\ufeff" + text, encoding="utf-8")
+        path = tmp_path
+    dataset, tokenizer = load_corpus(path, 8, 300)
+    told = "".join(tokenizer.decode(all_ids(rows)) for rows in dataset.values())
+    assert "\ufeff" not in told
+    assert told.startswith("first words")
+
+
+def gpt2_words(text):
+    regex = pytest.importorskip("regex")
+    return regex.findall(r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", text)
+
+
+def words(tokenizer, text):
+    return [text[start:end] for _, (start, end) in tokenizer.pre_tokenizer.pre_tokenize_str(text)]
+
+
+def test_words_are_those_of_gpt2_up_to_a_bound():
+    tokenizer = tokens._train_tokenizer(["a few words"], 300)
+    rows = pq.read_table(wheels.DATA / "sample.parquet", columns=["text"]).column(0).to_pylist()
+    bound = tokens.RUN_CHARS
+    edge = [
+        f"{a * n}{b}"
+        for a in ("x", "7", "-", " ", "\n", "漢")
+        for b in ("", "y", " z", "\n")
+        for n in (1, 2, bound - 1)
+    ]
+    for text in (*rows[::10], *edge, "can't we'll it's\t\r\n  'd"):
+        assert words(tokenizer, text) == gpt2_words(text)
+    for char in ("x", "漢", "7", "-", " ", "\n", "😀"):
+        text = f"a {char * (3 * bound + 7)} b"
+        assert max(map(len, words(tokenizer, text))) <= bound + 1  # and the blank before it
+        assert "".join(words(tokenizer, text)) == text
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_long_runs_are_tokenized_in_time(tmp_path):
+    """Without a bound each of these takes minutes of native code, which no Ctrl-C ends."""
+    rng, count = np.random.default_rng(0), 150_000
+    runs = {
+        "letters": "x" * count,
+        "DNA": "".join(rng.choice(list("ACGT"), count)),
+        "Chinese": "".join(map(chr, rng.zipf(1.3, count).clip(max=5_000) + 0x4E00)),
+        "digits": "".join(map(str, rng.integers(0, 10, count))),
+        "signs": "-=" * (count // 2),
+        "blanks": "a" + " " * count + "b",
+    }
+    for name, text in runs.items():
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    started = time.process_time()
+    dataset, tokenizer = load_corpus(tmp_path, 16)
+    assert time.process_time() - started < 60
+    told = tokenizer.decode(all_ids(dataset["train"])[:1_000])
+    assert any(told.startswith(text[:500]) for text in runs.values())
+
+
+RECORDED = "595aa7b7c75a15522c69f1a88be2d03e97d24f17e49d4e94edd5054392a4c33b"  # in data/runs/processes
+
+
+def test_the_recorded_sample_is_made_again(sample_cache):
+    assert corpus_hash(load_corpus("sample", 128, cache_dir=sample_cache)[0]) == RECORDED
+
+
 def test_long_documents_are_encoded_in_pieces(monkeypatch):
     monkeypatch.setattr(tokens, "PIECE_CHARS", 50)
     for text in ("line of words\n" * 40, "x" * 333, "", "\n" * 120, "a" * 50 + "\n" + "b" * 70):
         pieces = list(tokens._pieces(text))
         assert "".join(pieces) == text
         assert max(map(len, pieces)) <= 50
+    assert all(piece.lstrip().startswith("word") for piece in tokens._pieces("word " * 99))  # no word is cut
 
 
 def test_a_first_document_over_the_scan_limit_is_not_the_only_one(cache):
@@ -740,8 +814,17 @@ def test_refused(arguments, message, sample, sample_cache):
     [
         ("blank.txt", b" \n", "no text to train on: saw 0 documents"),
         ("image.png", b"x", r"saw \.png, wanted a \.txt"),
-        ("latin.txt", b"caf\xe9", "not UTF-8"),
-        ("bad.jsonl", b'{"text": "a"}\n{oops\n', "line 2: saw '{oops"),
+        ("latin.txt", b"caf\xe9", r"latin.txt: saw bytes that are not UTF-8.*save it as UTF-8"),
+        ("cut.md", "naïve 漢".encode()[:-1], r"cut.md: saw bytes that are not UTF-8.*write it again if it was cut off"),
+        ("wide.txt", "wide".encode("utf-16"), r"wide.txt: saw bytes that are not UTF-8.*save it as UTF-8"),
+        ("wide.py", "wide".encode("utf-16-le"), r"wide.py: saw NUL bytes, as in UTF-16.*save it as UTF-8"),
+        ("wide.jsonl", '{"text": "a"}'.encode("utf-16"), r"wide.jsonl: saw bytes that are not UTF-8.*save it as UTF-8"),
+        ("le.jsonl", '{"text": "a"}'.encode("utf-16-le"), r"le.jsonl, line 1: saw NUL bytes.*save it as UTF-8"),
+        ("bad.jsonl", b'{"text": "a"}\n{oops\n', "line 2: saw '{oops.*cut off, write it again or delete this line"),
+        ("cut.jsonl", b'{"text": "a"}\n{"text": "half', r"cut.jsonl, line 2: saw '{\"text\": \"half.*write it again"),
+        ("cut2.jsonl", '{"text": "漢"}'.encode()[:-3], r"cut2.jsonl: saw bytes that are not UTF-8.*write it again"),
+        ("empty.parquet", b"", r"empty.parquet cannot be read: it is empty, cut off or damaged .*again"),
+        ("text.parquet", b"PAR1 not", r"text.parquet cannot be read: it is empty, cut off or damaged .*again"),
         ("list.jsonl", b"[1]\n", "line 1: saw list"),
         ("number.jsonl", b'{"text": 3}\n', "text 0: saw int, wanted a string"),
         ("column.jsonl", b'{"body": "a"}\n', "saw columns body, wanted text or content"),
@@ -761,6 +844,25 @@ def test_refused_folder_and_parquet(tmp_path):
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="saw columns body"):
         load_corpus(tmp_path / "a.parquet")
+
+
+def test_torn_parquet_files_are_named(tmp_path, monkeypatch):
+    pq.write_table(pa.table({"text": [f"row {n} " * 20 for n in range(4_000)]}), path := tmp_path / "whole.parquet")
+    whole = path.read_bytes()
+    middle = len(whole) // 3
+    for name, data in {
+        "half": whole[: len(whole) // 2],
+        "end": whole[:-3],
+        "pages": whole[:middle] + bytes(500) + whole[middle + 500 :],
+        "start": whole[200:],
+    }.items():
+        (tmp_path / f"{name}.parquet").write_bytes(data)
+        with pytest.raises(ValueError, match=rf"{name}\.parquet cannot be read: .*\. Write or download it again"):
+            load_corpus(tmp_path / f"{name}.parquet")
+    monkeypatch.setattr(wheels, "DATA", tmp_path)
+    (tmp_path / "sample.parquet").write_bytes(whole[:100])
+    with pytest.raises(ValueError, match=r"sample\.parquet cannot be read: .*again"):
+        load_corpus("sample")
 
 
 def test_no_host_name_and_no_machine_path_in_the_files():
