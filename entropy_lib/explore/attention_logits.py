@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
+
+from entropy_lib.recording import _configs
 
 SAMPLE = Path(__file__).resolve().parents[2] / "data" / "attention_logits" / "tiny.npz"
 _FLOOR = math.log(torch.finfo(torch.float32).tiny)  # -87.3 nats
@@ -60,6 +65,20 @@ def as_logits(logits) -> AttentionLogits:
     return AttentionLogits(logits, tuple(str(n) for n in range(logits.shape[-1])), "logits that you gave")
 
 
+@contextmanager
+def left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Puts back which modules are in training mode, and the attention of the model and of its parts."""
+    training = [(module, module.training) for module in model.modules()]
+    attention = [(config, config._attn_implementation) for config in _configs(model)]
+    try:
+        yield
+    finally:
+        for module, was in training:
+            module.training = was
+        for config, implementation in attention:
+            config._attn_implementation_internal = implementation
+
+
 @torch.no_grad()
 def logits_of(model, tokenizer, text: str) -> AttentionLogits:
     """The logits of a transformers decoder for one text, divided by its own learned temperatures if it has any.
@@ -69,12 +88,9 @@ def logits_of(model, tokenizer, text: str) -> AttentionLogits:
     inputs = tokenizer(text, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] < 2:
         raise ValueError(f"a text of at least two tokens has attention to look at, got {text!r}")
-    before, training = model.config._attn_implementation, model.training
-    model.eval().set_attn_implementation("eager")
-    try:
+    with left_as_it_was(model):
+        model.eval().set_attn_implementation("eager")
         attentions = model(**inputs, output_attentions=True, use_cache=False).attentions
-    finally:
-        model.train(training).set_attn_implementation(before)
     weights = torch.cat(list(attentions)).float().cpu()  # [L, H, T, T]
     future = ~torch.ones(weights.shape[-2:], dtype=torch.bool).tril()
     causal = not weights[..., future].any()

@@ -40,7 +40,14 @@ _AXIS_TITLES = {"step": "training step", "tokens": "tokens seen", "loss": "loss 
 
 
 def register_template(dark: bool = False) -> None:
-    """Register plotly templates "entropy" (light) and "entropy_dark" (transparent), and make one the default."""
+    """Make "entropy" plotly's default template, or "entropy_dark" (transparent), also for figures of one's own.
+
+    Without this call plotly's default stays, and the companion's figures name "entropy".
+    """
+    pio.templates.default = "entropy_dark" if dark else "entropy"
+
+
+def _make_templates() -> None:
     paints = {"entropy": (INK, GRID, "white"), "entropy_dark": (DARK_INK, DARK_GRID, "rgba(0,0,0,0)")}
     for name, (ink, grid, paper) in paints.items():
         base = pio.templates["simple_white"].layout  # only these: the rest would travel with every figure
@@ -51,7 +58,6 @@ def register_template(dark: bool = False) -> None:
         template.layout.update(font=font, title=title, paper_bgcolor=paper, plot_bgcolor=paper, xaxis=axis, yaxis=axis)
         template.layout.modebar.remove = ["select2d", "lasso2d", "autoScale2d"]
         pio.templates[name] = template
-    pio.templates.default = "entropy_dark" if dark else "entropy"
 
 
 def lines(
@@ -326,4 +332,4 @@ def _spread(positions: list[float], gap: float) -> list[float]:
     return spread
 
 
-register_template()
+_make_templates()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from entropy_lib.explore.attention_logits import left_as_it_was
 from entropy_lib.explore.controls import CLEAR, Explorer, dropdown, keys_worth, slider
 from entropy_lib.explore.figures import IN_NATS, _dress, go, make_subplots
 from entropy_lib.explore.tiny_model import TINY, load_tiny_model
@@ -55,16 +56,13 @@ def read_attention(
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : min(max_tokens, positions)]
     if ids.shape[1] == 0:
         raise ValueError("the text has no tokens: type a word or two")
-    ids, training, before = ids.to(model.device), model.training, model.config._attn_implementation
-    try:
+    ids = ids.to(model.device)
+    with left_as_it_was(model):
         model.eval()  # dropout would take weights out of the rows
         with record_entropy(model) as recorder:
             model(ids)
         model.set_attn_implementation("eager")
         weights = model(ids, output_attentions=True).attentions
-    finally:
-        model.set_attn_implementation(before)
-        model.train(training)
     entropy = torch.stack([layer[0] for layer in recorder.entropies])
     return Reading(
         [tokenizer.decode([token]) for token in ids[0].tolist()],

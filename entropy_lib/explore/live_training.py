@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 from transformers import TrainerCallback
@@ -39,6 +40,7 @@ class LiveRun:
         self.state, self.step, self.rows, self.record, self.error = "ready", 0, [], None, None
         self._corpus, self._on_change = corpus, on_change
         self._folder = tempfile.mkdtemp(prefix="entropy-playground-")
+        self._remove = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._stop, self._thread, self._looked = threading.Event(), None, -math.inf
 
     @property
@@ -71,21 +73,26 @@ class LiveRun:
         self.stop()
         if self._thread is not threading.current_thread():
             self.wait(30)
-        shutil.rmtree(self._folder, ignore_errors=True)
-        atexit.unregister(self.close)
+        self._remove()
 
     def _train(self) -> None:
+        follow = _Follow(self)
         try:
             self.record = train_variant(
                 self.variant, self._corpus(), self.recipe, size=self.size, seed=self.seed, run_dir=self._folder,
-                progress=False, callbacks=[_Follow(self)],
+                progress=False, callbacks=[follow],
             )  # fmt: skip
             self.state = self.record.status
         except _Stopped:
             self.state = "stopped"
         except Exception as error:  # in a thread nobody else would see it
             self.state, self.error = "failed", error
+        finally:
+            follow.show_bars()
+            if not self._remove.alive:  # closed while another training was waited for
+                shutil.rmtree(self._folder, ignore_errors=True)
         self._on_change(self)
+        atexit.unregister(self.close)
 
     def _look(self) -> None:
         if time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
@@ -101,6 +108,10 @@ class _Follow(TrainerCallback):
     def __init__(self, run: LiveRun):
         self.run, self._bars = run, False
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.run._stop.is_set():  # while another training was waited for
+            raise _Stopped
+
     def on_step_end(self, args, state, control, **kwargs):
         self.run.step = state.global_step
         if self.run._stop.is_set():
@@ -114,8 +125,12 @@ class _Follow(TrainerCallback):
         self.run.rows.append(row)
 
     def on_save(self, args, state, control, **kwargs):
+        self.show_bars()
+
+    def show_bars(self) -> None:
         if self._bars:
             logging.enable_progress_bar()
+        self._bars = False
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.run._stop.is_set() and state.global_step < state.max_steps:

@@ -15,7 +15,9 @@ def png(figure) -> bytes | None:
     """A plotly figure as PNG, `WIDTH` px wide and as high as it says, else `HEIGHT`; None where there is no browser."""
     if not _browser.get("found", True):
         return None
-    logging.getLogger("choreographer").setLevel(logging.CRITICAL + 1)  # logs a trace for what it then ignores
+    logger = logging.getLogger("choreographer")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)  # logs a trace for what it then ignores
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # kaleido's running server says that it has its options already
@@ -29,6 +31,8 @@ def png(figure) -> bytes | None:
         # no kaleido, Pillow or browser, an old version: each raises something else, and none is an error here
         _browser["found"] = False
         return None
+    finally:
+        logger.setLevel(level)
     return picture
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cached_property
 
@@ -15,10 +15,10 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer
+from transformers import Trainer, trainer
 from transformers.utils import logging
 
-_ONE_TRAINING = threading.RLock()
+_ONE_TRAINING, _SEEDING = threading.RLock(), threading.RLock()
 # What transformers' `full_determinism` sets.
 _OF_DETERMINISM = (
     "CUDA_LAUNCH_BLOCKING", "CUBLAS_WORKSPACE_CONFIG", "ASCEND_LAUNCH_BLOCKING", "HCCL_DETERMINISTIC",
@@ -100,33 +100,34 @@ class OwnDraws(TorchDispatchMode):
 class RandomStateKept(Trainer):
     """A Trainer that leaves the random state of Python, numpy and torch alone, at its end and for other threads.
 
-    transformers' Trainer seeds them all, once when it is made; then each pass over data draws a number, and a resumed
-    training puts back what its checkpoint says. Here the generators are the Trainer's own, with the same numbers. The
-    global state is another for no longer than seeding takes, and, if the model has dropout, which has no generator but
-    the global one, for the forward and backward pass of every step: a thread that draws just then disturbs both.
+    transformers' Trainer seeds them all when it is made; then each pass over data draws a number, and a resumed
+    training puts back what its checkpoint says. Here the generators are the Trainer's own, with the same numbers. Only
+    dropout has no generator but the global one: a model that has it trains with the Trainer's own state as the global
+    one for the forward and backward pass of every step, and a thread that draws just then disturbs both.
     """
 
     def __init__(self, *args, **kwargs):
-        self._generator = torch.Generator()  # of the CPU
-        with ExitStack() as self._seeding:
-            self._seeding.callback(_set_random_state, _random_state())
+        with _instead_of_seeding(self._seed_own):
             super().__init__(*args, **kwargs)
 
-    def create_accelerator_and_postprocess(self):
-        """What comes first after seeding."""
-        self._keep_own_state()
-        self._seeding.close()
-        super().create_accelerator_and_postprocess()
+    def _seed_own(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)  # of the CPU
+        self._rest_of_state = {
+            "python": random.Random(seed).getstate(),
+            "numpy": np.random.RandomState(seed).get_state(),
+        }
 
     def _keep_own_state(self) -> None:
-        state = _random_state()
-        self._generator.set_state(state["torch"])
-        self._rest_of_state = state
+        self._rest_of_state = _random_state()
+        self._generator.set_state(self._rest_of_state["torch"])
 
     @contextmanager
     def _own_state(self) -> Iterator[None]:
         """The Trainer's own state as the global one."""
         before = _random_state()
+        if "devices" not in self._rest_of_state and "devices" in before:
+            torch.get_device_module().manual_seed_all(self.args.seed)
+            self._rest_of_state["devices"] = _random_state()["devices"]
         _set_random_state({**self._rest_of_state, "torch": self._generator.get_state()})
         try:
             yield
@@ -158,8 +159,36 @@ class RandomStateKept(Trainer):
                 super()._load_rng_state(checkpoint)
 
 
+@contextmanager
+def _instead_of_seeding(function: Callable[[int], None]) -> Iterator[None]:
+    """In this thread, transformers' Trainer calls `function(seed)` where it would seed everybody's generators."""
+    thread = threading.get_ident()
+    with _SEEDING:
+        seed_all, be_deterministic = trainer.set_seed, trainer.enable_full_determinism
+
+        def set_seed(seed, *args, **kwargs):
+            if threading.get_ident() == thread:
+                function(seed)
+            else:
+                seed_all(seed, *args, **kwargs)
+
+        def enable_full_determinism(seed, *args, **kwargs):
+            before = _random_state()
+            be_deterministic(seed, *args, **kwargs)  # which seeds too
+            if threading.get_ident() == thread:
+                _set_random_state(before)
+                function(seed)
+
+        trainer.set_seed, trainer.enable_full_determinism = set_seed, enable_full_determinism
+        try:
+            yield
+        finally:
+            trainer.set_seed, trainer.enable_full_determinism = seed_all, be_deterministic
+
+
 def _random_state() -> dict:
-    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    state["numpy"] = np.random.get_state()  # noqa: NPY002
     if torch.accelerator.is_available():
         module = torch.get_device_module(torch.accelerator.current_accelerator())
         state["devices"] = module.get_rng_state_all() if _several(module) else module.get_rng_state()
@@ -168,7 +197,7 @@ def _random_state() -> dict:
 
 def _set_random_state(state: dict) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if "devices" in state:
         module = torch.get_device_module(torch.accelerator.current_accelerator())

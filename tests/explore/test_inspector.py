@@ -39,8 +39,10 @@ def test_entropies_and_rows_agree_and_the_model_is_left_as_it_was(kind, tokenize
         "bert": lambda: BertModel(BertConfig(**SIZES, vocab_size=2048, initializer_range=0.5)),
     }[kind]().train()
     before = model.config._attn_implementation
+    frozen = next(m for m in model.modules() if isinstance(m, torch.nn.Embedding)).eval()
     reading = inspector.read_attention(model, tokenizer, "for key in keys: print(key)")
     assert model.training
+    assert not frozen.training
     assert model.config._attn_implementation == before
     torch.testing.assert_close(attention_entropy(reading.attention), reading.entropy, atol=1e-5, rtol=1e-4)
     assert reading.attention.shape == (*reading.entropy.shape, len(reading.tokens))
