@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     try:
+        if options.output and not (options.output.parent.is_dir() and not options.output.is_dir()):
+            raise ValueError(f"--output must be a file in a folder that exists, got {options.output}")
         model = build_model(
             options.variant, "tiny", n_layer=options.layers, vocab_size=256, temperature_init=0.5
         ).eval()

@@ -14,6 +14,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 
@@ -154,16 +155,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds a measurement may take")
     options = parser.parse_args(arguments)
     record = {"operations": {}, "rounds": {}, "blocks": {}}
-    if options.output.exists():
-        record = json.loads(options.output.read_text())
-    record |= {
-        "engine": f"spu {ENGINE}, CHEETAH", "settings": SETTINGS,
-        "command": "python -m entropy_lib.private_inference.measure",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work", "date": str(date.today()),
-    }  # fmt: skip
-    todo = [task for length in options.context_length for task in tasks(length) if options.only in " ".join(task[:2])]
-    todo = [task for task in todo if task[1] not in record[task[0]]]
     try:
+        if options.output.exists():
+            record |= read_record(options.output)
+        record |= {
+            "engine": f"spu {ENGINE}, CHEETAH", "settings": SETTINGS,
+            "command": "python -m entropy_lib.private_inference.measure",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+            "date": str(date.today()),
+        }  # fmt: skip
+        todo = [t for length in options.context_length for t in tasks(length) if options.only in " ".join(t[:2])]
+        todo = [task for task in todo if task[1] not in record[task[0]]]
         for number, (section, name, plan, delay) in enumerate(todo, 1):
             load, where = os.getloadavg()[0], f"[{number}/{len(todo)}] {name}"
 
@@ -189,10 +191,18 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def read_record(path: Path) -> dict:
+    with suppress(ValueError):
+        record = json.loads(path.read_text())
+        if isinstance(record, dict) and {"operations", "rounds", "blocks"} <= set(record):
+            return record
+    raise ValueError(f"{path} is no whole record of measurements: move it away, or choose another --output")
 
 
 def write(path: Path, record: dict) -> None:

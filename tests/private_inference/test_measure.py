@@ -87,6 +87,24 @@ def test_a_missing_environment_is_one_line(monkeypatch, tmp_path, capsys):
     assert [line.startswith("error:") and "make private" in line for line in lines] == [True, True]
 
 
+def test_what_no_measurement_can_start_from_is_one_line(fake, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "run_two_party", lambda *_, **__: pytest.fail("started"))
+    torn = tmp_path / "torn.json"
+    torn.write_text('{"operations": {')
+    assert measure.main(["--output", str(torn)]) == 2
+    torn.with_name("other.json").write_text('{"mine": 1}')
+    assert measure.main(["--output", str(tmp_path / "other.json")]) == 2
+    assert measure.main(["--context-length", "0", "--output", str(tmp_path / "r.json")]) == 2
+    assert command.main(["--output", str(tmp_path)]) == 2
+    assert command.main(["--output", str(tmp_path / "none" / "r.json")]) == 2
+    words = ["torn.json is no whole record", "other.json is no whole record"]
+    words += ["context_length must be positive", "--output must be", "--output must be"]
+    lines = capsys.readouterr().err.splitlines()
+    assert all(word in line for word, line in zip(words, lines, strict=True))
+    assert torn.read_text() == '{"operations": {'
+    assert not fake
+
+
 def test_the_command_prints_parts_and_writes_a_record(monkeypatch, tmp_path, capsys):
     step = {"part": "softmax", "operation": "softmax", "bytes": 2_500_000, "seconds": 1.5, "cpu_seconds": 1.0}
 
