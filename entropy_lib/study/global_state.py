@@ -126,7 +126,7 @@ class RandomStateKept(Trainer):
         """The Trainer's own state as the global one."""
         before = _random_state()
         if "devices" not in self._rest_of_state and "devices" in before:
-            torch.get_device_module().manual_seed_all(self.args.seed)
+            torch.manual_seed(self.args.seed)  # and that of every device
             self._rest_of_state["devices"] = _random_state()["devices"]
         _set_random_state({**self._rest_of_state, "torch": self._generator.get_state()})
         try:

@@ -266,7 +266,8 @@ def _stop_on_interrupt(trainer: EntropyTrainer):
     """Turn the first Ctrl-C into "finish the step, save a checkpoint, stop"; the second one interrupts at once."""
     stop = threading.Event()
     trainer.add_callback(_SaveAndStop(trainer, stop))
-    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+    # signals belong to the main thread, and a handler that is not Python's (None) could not be put back
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield stop
         return
 

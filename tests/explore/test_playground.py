@@ -1,8 +1,10 @@
 """The playground without a notebook: train, watch, stop, resume, overlay, fail; the picture is what was recorded."""
 
 import _thread
+import gc
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from entropy_lib.entropy import diagnose
 from entropy_lib.study.recipes import Recipe
@@ -176,6 +179,31 @@ def test_no_thread_and_no_folder_outlives_the_widget(corpus, slow_steps):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("train ")]
     assert run.step < 12
     assert not Path(run._folder).exists()
+
+
+def test_a_run_that_is_over_is_not_kept_for_ever(corpus):
+    run = playground.LiveRun("run", "SM", lambda: corpus, RECIPE)
+    run.start()
+    assert run.wait(60) == "finished"
+    folder, seen = Path(run._folder), weakref.ref(run)
+    folder.mkdir(exist_ok=True)
+    del run
+    gc.collect()
+    assert seen() is None
+    assert not folder.exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_progress_bars(explorer, slow_steps, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(EntropyTrainer, "_save_checkpoint", fail)
+    explorer.run()
+    until(lambda: explorer.shown.step >= 1)
+    explorer.stop()
+    assert explorer.wait(30) == "failed"
+    assert "the disk is full" in explorer.status.value
+    assert logging.is_progress_bar_enabled()
 
 
 def test_an_interrupt_of_the_kernel_leaves_the_training_alone(explorer, slow_steps):
