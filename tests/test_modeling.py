@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -341,14 +342,16 @@ except ValueError as error:
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 print(type(model).__module__, model.config.folded)
 model.save_pretrained(sys.argv[2])
-AutoTokenizer.from_pretrained("data/models/ereg-tiny").save_pretrained(sys.argv[2])
+AutoTokenizer.from_pretrained(sys.argv[3]).save_pretrained(sys.argv[2])
+AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)
 """
 
 
 def test_a_saved_model_is_loaded_by_who_never_heard_of_entropy_lib(tiny_model, tmp_path):
     model, ids = fold_for_inference(tiny_model(EREG)), tokens()
     model.save_pretrained(tmp_path / "saved")
-    command = [sys.executable, "-c", WITHOUT_ENTROPY_LIB, tmp_path / "saved", tmp_path / "again"]
+    committed = Path(__file__).parents[1] / "data" / "models" / "ereg-tiny"
+    command = [sys.executable, "-c", WITHOUT_ENTROPY_LIB, tmp_path / "saved", tmp_path / "again", committed]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     told = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert told.returncode == 0, told.stderr

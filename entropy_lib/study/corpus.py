@@ -59,10 +59,11 @@ def load_corpus(
 
     Returns `(dataset, tokenizer)`. `dataset` is a DatasetDict with "train" and "validation", one column `input_ids` of
     [context_length] integers a row, on a memory map of the token file. Documents are joined with <|endoftext|>; tokens
-    left over at the end are dropped. The same list gives the same tokens anywhere.
+    left over at the end are dropped. Words are GPT-2's, runs over 256 characters (DNA, a ruled line) cut. The same list
+    gives the same tokens anywhere.
 
-    Raises ValueError (unknown name, no text, context_length or vocab_size out of range, wrong hash of a download),
-    ConnectionError (no network) and OSError (disk full).
+    Raises ValueError (unknown name, no text, a file that is torn or not UTF-8, context_length or vocab_size out of
+    range, wrong hash of a download), ConnectionError (no network) and OSError (disk full).
     """
     if vocab_size is not None and vocab_size < 257:
         raise ValueError(f"vocab_size={vocab_size}, wanted at least 257: 256 bytes and {END_OF_TEXT}")
