@@ -694,7 +694,6 @@ def sweep(chosen=None, table=TABLE):
     [
         "nllb-moe",  # its decoder carries is_causal=False and relies on its mask
         "paligemma",  # as does its text model, which sees a prefix in both directions
-        "bridgetower",  # is_causal=True without a mask, which eager attention does not read
         "llama4_text",  # chunks
         "gemma3",  # windows, images in both directions
         "bert+is_decoder",
