@@ -19,6 +19,14 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 97, "n_positions"
 CASES = [(name, place) for name in VARIANTS for place in (NORM_PLACEMENTS if "Norm" in name else (None,))]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    """No test reads or writes the user's cache, nor that of another test process, whose runs it would claim."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENTROPY_LIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
