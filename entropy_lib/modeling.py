@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPT2Model
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block, eager_attention_forward
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, eager_attention_forward
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, install_output_capuring_hook
@@ -44,6 +44,8 @@ class EntropyGPT2Config(GPT2Config):
             entropy_regularization: see `Variant`. `activation_function` "linear" removes the activation.
         temperature_init: t of every head and position at the start (1e-2 for CodeParrot, 1e-1 for Languini).
         threshold_init: θ of every head at the start.
+        scaled_residual_init: the projections into the residual stream (`c_proj` of attention and of the d→4d→d FFN)
+            start at std 0.02/√(2L), as GPT-2's do; False: at 0.02, as every other matrix.
         folded: set by `fold_for_inference`; α is gone and the temperature is a constant.
     """
 
@@ -59,6 +61,7 @@ class EntropyGPT2Config(GPT2Config):
     entropy_regularization: bool = False
     temperature_init: float = 1e-2
     threshold_init: float = 0.5
+    scaled_residual_init: bool = True
     folded: bool = False
     resid_pdrop: float | int = 0.0
     embd_pdrop: float | int = 0.0
@@ -261,6 +264,19 @@ class EntropyGPT2Model(GPT2Model):
             handles.append(block.attn.register_forward_hook(_CapturingHook("entropies", 2)))
         self._output_capturing_hooks_installed = True
         self._hook_handles = handles  # unpickled, they keep a later hook from getting the number of one of these
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """As transformers', which takes a custom model's modules for initialised if no parameter is directly theirs.
+
+        So GPT-2's attention and FFN, which scale their projections, would be passed over. The blocks that GPT2Model
+        makes are thrown away and stay so: their draws would shift those of the blocks that are kept.
+        """
+        kept = any(isinstance(block, EntropyGPT2Block) for block in self.h)
+        super()._initialize_weights(module, is_custom_code and not kept)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if self.config.scaled_residual_init or not isinstance(module, (GPT2Attention, GPT2MLP)):
+            super()._init_weights(module)
 
 
 @dataclass

@@ -16,8 +16,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel, StaticCache
+from transformers.pytorch_utils import Conv1D
 
 from entropy_lib import (
     VARIANTS,
@@ -501,14 +503,28 @@ def test_initial_values():
     assert torch.allclose(model.temperatures(), torch.full((1, 4, 128), 0.3))
     assert torch.equal(model.entropy_thresholds(), torch.full((1, 4), 0.7))
     assert [scale.tolist() for scale in model.ffn_scales()] == [[1.0], [1.0]]
-    attention = model.transformer.h[0].attn
-    assert attention.c_attn.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert attention.c_proj.weight.std().item() == pytest.approx(0.02 / math.sqrt(2), rel=0.05)  # GPT-2: 1/sqrt(2L)
     assert EntropyGPT2Config().temperature_init == 1e-2
     assert EntropyGPT2Config().attn_pdrop == EntropyGPT2Config().resid_pdrop == EntropyGPT2Config().embd_pdrop == 0
-    # normalisation starts from the plain initial weights
-    weight = build_model("SM+WNorm", n_layer=1).transformer.h[0].mlp.c_fc.weight
-    assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("scaled", [True, False])
+def test_matrices_start_as_in_gpt2(variant, scaled):
+    """The std of every matrix is that of transformers' own GPT-2 (whose residual projections are scaled by 1/√(2L))
+    or 0.02 where that is turned off; what spectral normalisation divides starts elsewhere."""
+    size = {"n_layer": 3, "n_head": 4, "n_embd": 128, "n_positions": 64, "vocab_size": 500}
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    stock = dict(GPT2LMHeadModel(GPT2Config(**size, **ids)).named_parameters())
+    assert stock["transformer.h.2.attn.c_proj.weight"].std().item() == pytest.approx(0.02 / math.sqrt(6), rel=0.05)
+    model = build_model(variant, scaled_residual_init=scaled, **size)
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, (Conv1D, nn.Embedding))}
+    assert len(linear) == 2 + 3 * (3 if VARIANTS[variant].fused_ffn else 4)
+    for name, module in linear.items():
+        if VARIANTS[variant].weight_normalization == "spectral" and "mlp" in name:
+            continue
+        as_gpt2 = scaled and not (VARIANTS[variant].fused_ffn and "mlp" in name)
+        std = stock[f"{name}.weight"].std().item() if as_gpt2 else 0.02
+        assert module.weight.std().item() == pytest.approx(std, rel=0.05), name
 
 
 def test_position_ids_choose_the_temperature(tiny_model):

@@ -40,8 +40,13 @@ class Experiment:
     runs: tuple[Run, ...]  # folders relative to data/runs; a run may lie in another experiment's folder and be shared
 
 
+# Of the variants without a temperature, the records below were made before their residual projections were scaled at
+# the start as GPT-2's are, see `_whole_recipe` in identity.py. The experiment `initialization` says what it changes.
+_UNSCALED = {name: {} if v.learnable_temperature else {"scaled_residual_init": False} for name, v in VARIANTS.items()}
+
+
 def _runs(folder: str, variants: Iterable[str], changes: dict, seeds: Iterable[int] = (0,), **run) -> tuple[Run, ...]:
-    return tuple(Run(v, Path(folder), s, changes=changes, **run) for v, s in product(variants, seeds))
+    return tuple(Run(v, Path(folder), s, changes=_UNSCALED[v] | changes, **run) for v, s in product(variants, seeds))
 
 
 def _sweep(name: str, variants: Iterable[str], changes: dict, settings: dict[str, dict], **run) -> tuple[Run, ...]:
@@ -65,6 +70,8 @@ def _ablation() -> dict[str, dict]:
     return settings
 
 
+_FROM_ONE = {"data_seed": 0, "warmup_from_zero": False}
+_SCALED = {"scaled_residual_init": True}
 _LOWER_RATES = {f"{rate}": {"learning_rate": rate} for rate in (6e-4, 3e-4)}
 _BASELINE = _runs("table3", ["SM+LN+G"], FULL, seeds=(0, 1, 2))
 _T256 = {"context_length": 256, "sequences_per_step": 256, "micro_batch": 256}
@@ -160,15 +167,33 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
         ),
         (
+            "initialization",
+            "GPT-2's scaled residual projections, of the variants trained without: 66M tokens, six and three seeds",
+            (
+                *_runs("initialization/66M", ["SM+LN+G"], SHORT | _SCALED, seeds=range(6)),
+                *_runs("initialization/66M", ["SM+LN+R", "SM+ScFuFFN"], SHORT | _SCALED, seeds=range(3)),
+            ),
+        ),
+        (
+            "initialization_200M",
+            "the same at 200M tokens, three seeds of the main ones and one of Table 2's and Table 6's others",
+            (
+                *_runs("initialization/200M", ["SM+LN+G", "SM+ScFuFFN"], FULL | _SCALED, seeds=range(3)),
+                *_runs(
+                    "initialization/200M",
+                    ["SM+LN+R", "SM+LN", "SM+G", "SM+R", "SM", "SM+WNorm", "SM+SNorm", "SM+ScFFN"],
+                    FULL | _SCALED,
+                ),
+            ),
+        ),
+        (
             "noise",
             "how far single runs of 66M tokens spread: by initialisation, by order, with a warm-up that starts at 1/W",
             (
                 *_runs("noise/order0", ["SM+LN+G", EREG], SHORT | {"data_seed": 0}, seeds=range(6)),
                 *_sweep("noise", ["SM+LN+G", EREG], SHORT, {f"order{k}": {"data_seed": k} for k in range(1, 6)}),
-                *_runs(
-                    "noise/warmup_from_one_step", ["SM+LN+G", EREG],
-                    SHORT | {"data_seed": 0, "warmup_from_zero": False}, seeds=range(3),
-                ),
+                *_runs("noise/warmup_from_one_step", ["SM+LN+G", EREG], SHORT | _FROM_ONE),
+                *_runs("noise/warmup_from_one_step", [EREG], SHORT | _FROM_ONE, seeds=(1, 2)),
             ),
         ),
         ("warmup_33M", "are the runs of 33M tokens at their best? 50 steps of warm-up against 150", _33M),

@@ -26,20 +26,19 @@ def run_identity(
 ) -> dict:
     """Everything that determines a run's result, as plain JSON types.
 
-    `corpus` is what is known of it: "sha256" and "vocab_size", or "name" and "max_tokens" of a known one. A field that
-    a recipe on record lacks was added since, and has its default. ValueError for what JSON does not hold.
+    `corpus` is what is known of it: "sha256" and "vocab_size", or "name" and "max_tokens" of a known one. `recipe` may
+    be one on record, see `_whole_recipe`. ValueError for what JSON does not hold.
     """
     model_config = dict(model_config or {})
     if placement := model_config.pop("norm_placement", None):
         variant = variant.placed(placement)
-    if isinstance(recipe, Recipe):
-        recipe = asdict(recipe)
+    recipe = asdict(recipe) if isinstance(recipe, Recipe) else _whole_recipe(recipe, asdict(variant))
     return {
         "variant": _plain("variant", asdict(variant)),
         "size": size,
         "seed": seed,
         "corpus": corpus,
-        "recipe": _plain("recipe", asdict(Recipe()) | recipe),
+        "recipe": _plain("recipe", recipe),
         "model_config": _plain("model_config", model_config),
         "training_overrides": _plain("training_overrides", training_overrides or {}),
     }
@@ -84,8 +83,8 @@ def known_corpus(name: str, max_tokens: int | None) -> dict:
 
 def differences(wanted: dict, found: dict) -> str:
     """Where an identity differs from the one that is wanted, in words; "" if nowhere. Of the corpus, what is wanted."""
-    corpus, recipe = found.get("corpus") or {}, found.get("recipe") or {}
-    found = {**found, "corpus": {key: corpus.get(key) for key in wanted["corpus"]}, "recipe": asdict(Recipe()) | recipe}
+    corpus, recipe = found.get("corpus") or {}, _whole_recipe(found.get("recipe") or {}, found.get("variant") or {})
+    found = {**found, "corpus": {key: corpus.get(key) for key in wanted["corpus"]}, "recipe": recipe}
     names, details = [], []
     for name, value in wanted.items():
         if found.get(name) == value:
@@ -105,6 +104,17 @@ def digest(identity: dict) -> str:
     default = asdict(Recipe())
     changed = {key: value for key, value in identity["recipe"].items() if key not in default or default[key] != value}
     return hashlib.sha256(json.dumps({**identity, "recipe": changed}, sort_keys=True).encode()).hexdigest()
+
+
+def _whole_recipe(recipe: dict, variant: dict) -> dict:
+    """With the fields that a recipe on record lacks: they were added since and have their defaults, save one.
+
+    Until `scaled_residual_init` was a field, transformers passed over the projections of all modules that have no
+    parameters of their own: the d→4d→d FFN, and attention without temperature and thresholds.
+    """
+    own_parameters = variant.get("learnable_temperature") or variant.get("entropy_regularization")
+    scaled = bool(own_parameters and variant.get("fused_ffn"))
+    return {**asdict(Recipe()), "scaled_residual_init": scaled, **recipe}
 
 
 def _plain(name: str, values: dict) -> dict:

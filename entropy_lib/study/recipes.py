@@ -34,6 +34,7 @@ class Recipe:
             entropy regularisation. The paper's λ = 1e-5 on the sum over 128 sequences of 128 tokens is 0.164 on the
             mean, which does not depend on the batch.
         temperature_init, threshold_init: t and θ at the start.
+        scaled_residual_init: see `EntropyGPT2Config`.
         precision: "float32" (matrix products in TF32 on GPUs that have it) or "bfloat16" (autocast).
         max_skipped_in_a_row: non-finite steps in a row that end a run as collapsed.
     """
@@ -60,6 +61,7 @@ class Recipe:
     ceiling: str = "context"
     temperature_init: float = 1e-2
     threshold_init: float = 0.5
+    scaled_residual_init: bool = True
     precision: str = "float32"
     compile: bool = False
     max_skipped_in_a_row: int = 20

@@ -98,6 +98,7 @@ def train_variant(
         "n_positions": recipe.context_length,
         "temperature_init": recipe.temperature_init,
         "threshold_init": recipe.threshold_init,
+        "scaled_residual_init": recipe.scaled_residual_init,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         **(model_config or {}),
