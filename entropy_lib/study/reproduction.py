@@ -49,7 +49,9 @@ _MORE_SETTINGS = {
 }
 _OF_COMPARE = {"collapsed": "collapsed_runs", "tokens": "tokens", "perplexity": "ppl", "spread": "spread", "gap": "gap",
                "minutes": "minutes"}  # fmt: skip
-_NOT_A_SETTING = {"micro_batch", "entropy_every", "eval_every", "checkpoint_every", "eval_blocks"}
+_NOT_A_SETTING = {
+    "micro_batch", "entropy_every", "eval_every", "checkpoint_every", "eval_blocks", "scaled_residual_init",
+}  # fmt: skip
 
 
 def paper_ppl(experiment: str, tokens: str = "1.2B") -> dict[str, float]:
@@ -189,21 +191,17 @@ def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
     """One row a run of a sweep, its settings as columns: whatever the recipes of the experiment's runs differ in.
 
     Further columns: variant (with its placement, if any), seed, status ("not yet run" where there is no record),
-    tokens, perplexity, gap (to the SM+LN+G runs on record of the same steps, batch, length and warm-up), entropy (mean
-    over heads, nats), heads collapsed, healthy and overloaded (`diagnose`), heads, top_band (share of heads in the last
-    band of Figure 2a, as in Figure 7), minutes. A collapsed run has no perplexity and keeps its last entropies.
+    tokens, perplexity, gap (to the SM+LN+G runs on record of the same steps, batch, length, warm-up and order),
+    entropy (mean over heads, nats), heads collapsed, healthy and overloaded (`diagnose`), heads, top_band (share of
+    heads in the last band of Figure 2a, as in Figure 7), minutes. A collapsed run has no perplexity and keeps its last
+    entropies.
     """
     own = _experiment(experiment).runs
     variants = {run.variant for run in own}
     more = [run for name in _MORE_SETTINGS.get(experiment, ()) for run in EXPERIMENTS[name].runs]
     planned = {run.record: run for run in (*own, *more) if run.variant in variants}.values()
     settings = [name for name in asdict(Recipe()) if name not in _NOT_A_SETTING and _differ(planned, name)]
-    everywhere = {run.record: run for other in EXPERIMENTS.values() for run in other.runs}.values()
-    baselines: dict[tuple, list[RunRecord]] = {}
-    for run in everywhere:
-        if run.variant == BASELINE:
-            baselines.setdefault(_budget(run), []).extend(_on_record([run], runs))
-    rows = []
+    baselines, rows = _baselines(runs), []
     for run in planned:
         found = _on_record([run], runs)
         recipe = asdict(_recipe(run))
@@ -266,8 +264,18 @@ def _settings(run: Run) -> tuple:
 def _budget(run: Run) -> tuple:
     """What a run must share with a baseline for their perplexities to compare."""
     recipe = _recipe(run)
-    length = recipe.steps, recipe.sequences_per_step, recipe.context_length, recipe.warmup_ratio
-    return run.size, run.corpus, run.max_tokens, *length
+    length = recipe.steps, recipe.sequences_per_step, recipe.context_length
+    schedule = recipe.warmup_ratio, recipe.warmup_from_zero, recipe.data_seed
+    return run.size, run.corpus, run.max_tokens, *length, *schedule
+
+
+def _baselines(runs: str | Path) -> dict[tuple, list[RunRecord]]:
+    """The SM+LN+G runs on record by budget: those that started as GPT-2 does, the others where there are none."""
+    found: dict[tuple, dict[bool, list[RunRecord]]] = {}
+    for run in {run.record: run for experiment in EXPERIMENTS.values() for run in experiment.runs}.values():
+        if run.variant == BASELINE and (records := _on_record([run], runs)):
+            found.setdefault(_budget(run), {}).setdefault(_recipe(run).scaled_residual_init, []).extend(records)
+    return {budget: by_start.get(True) or by_start[False] for budget, by_start in found.items()}
 
 
 def _differ(runs: Iterable[Run], field: str) -> bool:
