@@ -48,7 +48,7 @@ def test_weight_norm_in_place(place, tiny_model):
 @pytest.mark.parametrize("place", PLACES)
 def test_spectral_norm_in_place(place, tiny_model):
     model = tiny_model("SM+SNorm", place, n_layer=1).train()
-    for _ in range(150):  # one power iteration each training pass
+    for _ in range(500):  # one power iteration each training pass
         iterate_spectral_norms(model)
     with torch.no_grad():
         weights = [matrices(block) for block in model.transformer.h]

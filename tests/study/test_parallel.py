@@ -136,6 +136,8 @@ def test_a_field_that_an_old_record_lacks_has_its_default(tmp_path):
         field.name: "gone" for field in fields(RunRecord) if field.default is None or field.name.endswith("overrides")
     }
     for name, default in Recipe().__dict__.items():
+        if name == "scaled_residual_init":  # below
+            continue
         recipe = {key: value for key, value in run.identity()["recipe"].items() if key != name}
         asked = replace(run, changes={name: other(default)})
         with pytest.raises(ValueError, match=f"recipe differ: {name} "):
@@ -146,6 +148,18 @@ def test_a_field_that_an_old_record_lacks_has_its_default(tmp_path):
                 recipe=recipe | {k: v for k, v in asked.identity()["recipe"].items() if k != name},
             ).finished()
         assert on_record(replace(run, changes={name: default}), tmp_path, **old, recipe=recipe).finished()
+
+
+def test_an_old_record_says_by_its_variant_how_residual_projections_started(tmp_path):
+    """Unscaled, save for attention with parameters of its own, before a fused FFN, which is never scaled."""
+    for variant in VARIANTS:
+        run = Run(variant, tmp_path, recipe="paper", size="tiny", corpus="sample")
+        recipe = {key: value for key, value in run.identity()["recipe"].items() if key != "scaled_residual_init"}
+        run = replace(run, changes={"scaled_residual_init": "SM(t)" in variant})
+        old = on_record(run, tmp_path, recipe=recipe)
+        assert old.finished()
+        with pytest.raises(ValueError, match="recipe differ: scaled_residual_init"):
+            replace(old, changes={"scaled_residual_init": not old.changes["scaled_residual_init"]}).finished()
 
 
 def test_a_corpus_given_by_path_is_its_content(tmp_path, text):
