@@ -20,6 +20,7 @@ import pandas as pd
 
 from entropy_lib.modeling import MODEL_SIZES
 from entropy_lib.study.__main__ import add_parallel_options, add_recipe_options, recipe_changes
+from entropy_lib.study.identity import scaled_before_the_field
 from entropy_lib.study.parallel import Run, exit_status, recorded, run_all, visible_gpus
 from entropy_lib.study.recipes import get_recipe
 from entropy_lib.study.runs import compare
@@ -40,13 +41,12 @@ class Experiment:
     runs: tuple[Run, ...]  # folders relative to data/runs; a run may lie in another experiment's folder and be shared
 
 
-# Of the variants without a temperature, the records below were made before their residual projections were scaled at
-# the start as GPT-2's are, see `_whole_recipe` in identity.py. The experiment `initialization` says what it changes.
-_UNSCALED = {name: {} if v.learnable_temperature else {"scaled_residual_init": False} for name, v in VARIANTS.items()}
+# How the records below started. The experiments `initialization` say what GPT-2's start changes.
+_START = {name: {"scaled_residual_init": scaled_before_the_field(asdict(v))} for name, v in VARIANTS.items()}
 
 
 def _runs(folder: str, variants: Iterable[str], changes: dict, seeds: Iterable[int] = (0,), **run) -> tuple[Run, ...]:
-    return tuple(Run(v, Path(folder), s, changes=_UNSCALED[v] | changes, **run) for v, s in product(variants, seeds))
+    return tuple(Run(v, Path(folder), s, changes=_START[v] | changes, **run) for v, s in product(variants, seeds))
 
 
 def _sweep(name: str, variants: Iterable[str], changes: dict, settings: dict[str, dict], **run) -> tuple[Run, ...]:

@@ -106,15 +106,19 @@ def digest(identity: dict) -> str:
     return hashlib.sha256(json.dumps({**identity, "recipe": changed}, sort_keys=True).encode()).hexdigest()
 
 
-def _whole_recipe(recipe: dict, variant: dict) -> dict:
-    """With the fields that a recipe on record lacks: they were added since and have their defaults, save one.
+def scaled_before_the_field(variant: dict) -> bool:
+    """How residual projections started until `Recipe.scaled_residual_init` was a field, by `asdict` of the variant.
 
-    Until `scaled_residual_init` was a field, transformers passed over the projections of all modules that have no
-    parameters of their own: the d→4d→d FFN, and attention without temperature and thresholds.
+    transformers passed over those of all modules without parameters of their own: the d→4d→d FFN, and attention
+    without temperature and thresholds.
     """
     own_parameters = variant.get("learnable_temperature") or variant.get("entropy_regularization")
-    scaled = bool(own_parameters and variant.get("fused_ffn"))
-    return {**asdict(Recipe()), "scaled_residual_init": scaled, **recipe}
+    return bool(own_parameters and variant.get("fused_ffn"))
+
+
+def _whole_recipe(recipe: dict, variant: dict) -> dict:
+    """With the fields that a recipe on record lacks: they were added since and have their defaults, save one."""
+    return {**asdict(Recipe()), "scaled_residual_init": scaled_before_the_field(variant), **recipe}
 
 
 def _plain(name: str, values: dict) -> dict:

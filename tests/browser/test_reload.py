@@ -57,6 +57,6 @@ def test_a_page_loaded_anew_shows_what_the_controls_say(page, name, loaded_anew)
     window.settle()
     assert window.traces() == moved
     assert moved != first
-    # plotly draws axes of the runs' panels once without a place, in a long session; what stays must have one.
+    # In two of three whole sessions plotly drew axes of the runs without a place; what stays drawn must have one.
     page.errors[:] = [error for error in page.errors if "attribute d: Expected number" not in error]
     assert not window.figure.locator('path[d*="NaN"]').count()

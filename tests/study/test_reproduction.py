@@ -188,6 +188,22 @@ def test_budgets_and_learning_rates_take_their_standard_setting_from_the_tables(
     assert np.sort(rates.index.unique("learning_rate")).tolist() == [3e-4, 6e-4, 1e-3]
 
 
+def test_a_gap_is_to_baselines_that_started_as_gpt2_does_and_read_in_the_same_order(tmp_path):
+    run = planned("figures7_8", EREG, folder="gamma0.00")
+    record(run, tmp_path, 40.0)
+    record(planned("noise", "SM+LN+G", folder="order1"), tmp_path, 80.0)  # of another order: no baseline of it
+
+    def gap():
+        return sweep("figures7_8", tmp_path).dropna(subset="perplexity")["gap"].item()
+
+    assert math.isnan(gap())
+    record(planned("baselines_66M", "SM+LN+G"), tmp_path, 20.0)
+    assert gap() == pytest.approx(1.0)
+    for seed, perplexity in enumerate((15.0, 17.0)):
+        record(planned("initialization", "SM+LN+G", seed), tmp_path, perplexity)
+    assert gap() == pytest.approx(1.5)
+
+
 def test_the_budgets_hold_runs_of_other_experiments(tmp_path):
     for experiment, folder, baseline, regularised in (
         ("budget", "33M", 50.0, 60.0), ("warmup_33M", "0.3", 40.0, 50.0), ("table3", "table3", 10.0, 15.0),
