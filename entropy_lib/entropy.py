@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,13 +138,25 @@ def head_means(entropy: Tensor, query_mask: Tensor | None = None) -> Tensor:
     return entropy.masked_fill(~real, 0).sum(dim=(0, 2)) / real.sum().clamp(min=1)
 
 
+def pad_heads(per_head: Tensor, heads: int) -> Tensor:
+    """[n, ...] of a layer's softmax heads, which come first, -> [heads, ...]: NaN for the static ones."""
+    if per_head.shape[0] == heads:
+        return per_head
+    return torch.cat([per_head, per_head.new_full((heads - per_head.shape[0], *per_head.shape[1:]), math.nan)])
+
+
 # An entropy may be off by as much, relative to its ceiling, as the rows that `check_attention_rows` lets through.
 _ENTROPY_TOLERANCE = max(ROW_SUM_TOLERANCE.values())
 
 
 def _head_entropies(entropy: Tensor) -> Tensor:
-    entropy = torch.as_tensor(entropy, dtype=torch.float64)
-    if entropy.numel() == 0 or not torch.isfinite(entropy).all() or (entropy < -_ENTROPY_TOLERANCE).any():
+    """As float64, with NaN for static heads, of which the records' JSON says null."""
+    if not isinstance(entropy, Tensor):
+        entropy = torch.from_numpy(np.array(entropy, dtype=np.float64))
+    entropy = entropy.to(torch.float64)
+    static = entropy.isnan()
+    of_softmax, after = entropy[~static], ~static[..., 1:] & static[..., :-1]  # static heads come last
+    if entropy.numel() == 0 or after.any() or of_softmax.isinf().any() or (of_softmax < -_ENTROPY_TOLERANCE).any():
         raise ValueError(
             f"expected finite, non-negative head entropies [layers, heads] in nats, got shape "
             f"{tuple(entropy.shape)} with values {entropy.flatten()[:4].tolist()}..."
@@ -156,9 +169,13 @@ def entropy_bands(entropy: Tensor) -> Tensor:
 
     With max the largest head entropy present: [0, max/4), [max/4, max/2), [max/2, 3max/4), [3max/4, max].
     Well-behaved models have about 90% in the middle two; the first band growing is entropy collapse, the last
-    growing is entropic overload. If every entropy is 0, all heads are in the first band.
+    growing is entropic overload. If every entropy is 0, all heads are in the first band. Static heads, NaN, do not
+    count; NaN where there is no other.
     """
     entropy = _head_entropies(entropy)
+    entropy = entropy[~entropy.isnan()]
+    if not entropy.numel():
+        return torch.full((4,), math.nan)
     largest = entropy.max()
     band = (4 * entropy / largest).long().clamp(0, 3) if largest > 0 else torch.zeros_like(entropy, dtype=torch.long)
     counts = torch.bincount(band.flatten(), minlength=4)
@@ -170,15 +187,15 @@ def diagnose(entropy: Tensor, context_length: int) -> dict[str, Tensor]:
 
     The quarter bands of Figure 2a measured against the fixed maximum log(context_length), so that two models
     can be compared: collapsed below a quarter of it, overloaded from three quarters on. (Under a causal mask
-    uniform attention averages mean_i log(i+1), about 0.8 log T at T = 128.)
+    uniform attention averages mean_i log(i+1), about 0.8 log T at T = 128.) Static heads, NaN, are in none.
     """
     if context_length < 2:
         raise ValueError(f"context_length must be at least 2 for entropy to vary, got {context_length}")
     fraction = _head_entropies(entropy) / math.log(context_length)
     if fraction.dim() != 2:
         raise ValueError(f"expected head entropies of shape [layers, heads], got {tuple(fraction.shape)}")
-    if fraction.max() > 1 + _ENTROPY_TOLERANCE:
+    if fraction.nan_to_num().max() > 1 + _ENTROPY_TOLERANCE:
         raise ValueError(f"an entropy exceeds log({context_length}) = {math.log(context_length):.4g} nats")
     collapsed, overloaded = fraction < 0.25, fraction >= 0.75
-    states = {"collapsed": collapsed, "healthy": ~collapsed & ~overloaded, "overloaded": overloaded}
+    states = {"collapsed": collapsed, "healthy": (fraction >= 0.25) & ~overloaded, "overloaded": overloaded}
     return {state: heads.sum(-1) for state, heads in states.items()}

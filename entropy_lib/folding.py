@@ -16,8 +16,10 @@ def fold_for_inference(model: EntropyGPT2LMHeadModel) -> EntropyGPT2LMHeadModel:
 
     Weight and spectral normalisation and 1/α become plain weights; the temperature becomes a constant scale of
     the queries (it differs by position, so it cannot go into W_Q, but it stays linear); thresholds are dropped.
+    Annealed LayerNorms go into the matrices after them. Static heads keep their filter, whose T×T matrices
+    `StaticHeads.matrix` gives, and value residuals the scalar of layer 0's values (the other goes into W_V).
     Every tensor keeps its dtype and device; hooks stay with the model, which is only read. Raises ValueError for
-    another kind of model, or one with parameters of its own (an adapter's).
+    another kind of model, one with parameters of its own (an adapter's), or LayerNorms that are not constant yet.
     """
     model = getattr(model, "_orig_mod", model)  # of torch.compile
     if not isinstance(model, EntropyGPT2LMHeadModel):
@@ -41,6 +43,22 @@ def fold_for_inference(model: EntropyGPT2LMHeadModel) -> EntropyGPT2LMHeadModel:
         elif parameter == "alpha":
             for part in ("weight", "bias"):
                 state[f"{prefix}.mlp.c_proj.{part}"] = state[f"{prefix}.mlp.c_proj.{part}"] / value
+    for index, block in enumerate(model.transformer.h):
+        prefix = f"transformer.h.{index}."
+        if config.annealed_layer_norm and not model.config.folded:
+            for norm, matrix in (("ln_1", "attn.c_attn"), ("ln_2", "mlp.c_proj" if config.fused_ffn else "mlp.c_fc")):
+                names = f"{prefix}{matrix}.weight", f"{prefix}{matrix}.bias"
+                folded_in = getattr(block, norm).folded_into(*(state[name] for name in names))
+                state.update(zip(names, folded_in, strict=True))
+                for key in [key for key in state if key.startswith(f"{prefix}{norm}.")]:
+                    del state[key]
+        if config.value_residual and index:
+            mix, width = state[f"{prefix}attn.value_mix"], config.n_embd
+            for part in ("weight", "bias"):
+                whole = state[f"{prefix}attn.c_attn.{part}"].clone()
+                whole[..., -width:] *= mix[0]
+                state[f"{prefix}attn.c_attn.{part}"] = whole
+            state[f"{prefix}attn.value_mix"] = torch.stack([torch.ones_like(mix[1]), mix[1]])
     with torch.device("meta"):  # nothing is drawn for weights that are replaced
         folded = EntropyGPT2LMHeadModel(config)
     try:

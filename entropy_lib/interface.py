@@ -89,6 +89,22 @@ def entropy_mask(
     )
 
 
+def visible_keys(module: nn.Module, attention_mask: Tensor | None, query: Tensor, key_len: int) -> Tensor | None:
+    """What queries [B, H, T_q, D] see of the keys, boolean, broadcastable to [B, 1, T_q, T_k], by a mask as in `attend`.
+
+    None where that is plainly causal and the queries are the last of the keys.
+    """
+    mask, causal = _read(attention_mask, module, None, key_len)
+    if mask is None and causal:
+        return None
+    if mask is not None and mask.dtype != torch.bool:  # compiled code cannot look at values: eager attention's own mask
+        mask = mask == 0 if torch.compiler.is_compiling() else _visible_where_added(mask, module)
+    visible = _visible_keys(mask, causal, query.shape[2], key_len, query.device)
+    if visible is None:
+        visible = torch.ones(1, 1, dtype=torch.bool, device=query.device)
+    return visible[(None,) * (4 - visible.dim())]
+
+
 def attend(
     module: nn.Module,
     query: Tensor,

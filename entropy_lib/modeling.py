@@ -20,8 +20,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, install_output_capuring_hook
 
-from entropy_lib.interface import attend, no_mask
-from entropy_lib.variants import NORM_PLACEMENTS, Variant, get_variant
+from entropy_lib.annealed_layer_norm import AnnealedLayerNorm
+from entropy_lib.entropy import pad_heads
+from entropy_lib.interface import attend, no_mask, visible_keys
+from entropy_lib.static_heads import StaticHeads
+from entropy_lib.variants import ATTENTIONS, NORM_PLACEMENTS, Variant, get_variant
 from entropy_lib.weight_normalization import iterate_spectral_norms, normalize_weights
 
 # Saved beside a model: what its config's auto_map names, for processes that have not imported entropy_lib.
@@ -41,7 +44,8 @@ class EntropyGPT2Config(GPT2Config):
     Args (beside GPT-2's; dropout is 0 by default, since attention after dropout has no entropy):
         variant: the paper's name, a label; the fields below are what counts.
         layer_norm, fused_ffn, weight_normalization, norm_placement, ffn_scaling, learnable_temperature,
-            entropy_regularization: see `Variant`. `activation_function` "linear" removes the activation.
+            entropy_regularization, dynamic_heads, attention, annealed_layer_norm, final_layer_norm, value_residual,
+            ffn_multiple: see `Variant`. `activation_function` "linear" removes the activation.
         temperature_init: t of every head and position at the start (1e-2 for CodeParrot, 1e-1 for Languini).
         threshold_init: θ of every head at the start.
         scaled_residual_init: the projections into the residual stream (`c_proj` of attention and of the d→4d→d FFN)
@@ -59,6 +63,12 @@ class EntropyGPT2Config(GPT2Config):
     ffn_scaling: bool = False
     learnable_temperature: bool = False
     entropy_regularization: bool = False
+    dynamic_heads: tuple[int, ...] | list[int] | None = None
+    attention: str = "softmax"
+    annealed_layer_norm: bool = False
+    final_layer_norm: bool = True
+    value_residual: bool = False
+    ffn_multiple: int = 4
     temperature_init: float = 1e-2
     threshold_init: float = 0.5
     scaled_residual_init: bool = True
@@ -85,6 +95,36 @@ class EntropyGPT2Config(GPT2Config):
             raise ValueError(f"temperature_init must be positive, got {self.temperature_init}")
         if self.add_cross_attention:
             raise ValueError("the paper's variants are decoder-only; add_cross_attention must be False")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"attention must be one of {ATTENTIONS}, got {self.attention!r}")
+        if self.attention != "softmax" and (self.learnable_temperature or self.entropy_regularization):
+            raise ValueError(f"only a softmax has a temperature and an entropy, got attention {self.attention!r}")
+        if self.annealed_layer_norm and not self.layer_norm:
+            raise ValueError("annealed_layer_norm needs layer_norm: there is none to anneal")
+        if self.ffn_multiple != 4 and self.fused_ffn:
+            raise ValueError(f"a fused FFN has no width of its own, got ffn_multiple {self.ffn_multiple}")
+        if self.n_inner is None and self.ffn_multiple != 4:
+            self.n_inner = self.ffn_multiple * self.n_embd
+        pattern = self.dynamic_heads
+        if pattern is not None and (
+            not isinstance(pattern, (tuple, list))
+            or not pattern
+            or not all(isinstance(n, int) and 0 <= n <= self.n_head for n in pattern)
+        ):
+            raise ValueError(
+                f"dynamic_heads must be numbers from 0 to n_head = {self.n_head} by layer, got {pattern!r}"
+            )
+
+    def heads_of_layer(self, layer: int) -> int:
+        """How many heads of a layer weigh keys by queries; the rest are static."""
+        pattern = self.dynamic_heads
+        return self.n_head if pattern is None else pattern[layer % len(pattern)]
+
+    def entropy_heads(self) -> list[int]:
+        """How many heads of each layer have an entropy: those with a softmax, the first of the layer."""
+        if self.attention != "softmax":
+            return [0] * self.n_layer
+        return [self.heads_of_layer(layer) for layer in range(self.n_layer)]
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As transformers', and a file beside it with which `trust_remote_code=True` finds the classes."""
@@ -118,17 +158,28 @@ class EntropyGPT2Attention(GPT2Attention):
 
     t is stored as log t, so that it stays positive, and looked up by position id, so that it is right under a
     key-value cache and with left padding. θ is `reg_threshold_weights`, [H], the published code's name for it.
+
+    With `dynamic_heads`, only the first so many heads have queries and keys; the rest are `static`. With attention
+    "relu2" their weights are max(z, 0)²/(number of visible keys) (Wortsman et al. 2023; So et al. 2021) and have no
+    entropy. With `value_residual`, V ← a·V + b·V of layer 0, two scalars a layer (Zhou et al. 2024).
     """
 
     def __init__(self, config: EntropyGPT2Config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
-        shape = (config.n_head, config.n_positions)
+        self.dynamic = config.heads_of_layer(layer_idx)
+        self.static = None
+        if self.dynamic < config.n_head:
+            self.static = StaticHeads(config.n_head - self.dynamic, config.n_positions)
+            self.c_attn = Conv1D(2 * self.dynamic * self.head_dim + self.embed_dim, self.embed_dim)
+        if config.value_residual and layer_idx:
+            self.value_mix = nn.Parameter(torch.full((2,), 0.5))
+        shape = (self.dynamic, config.n_positions)
         if config.learnable_temperature and config.folded:
             self.register_buffer("query_scale", torch.full(shape, 1 / config.temperature_init))
         elif config.learnable_temperature:
             self.log_temperature = nn.Parameter(torch.full(shape, math.log(config.temperature_init)))
         if config.entropy_regularization and not config.folded:
-            self.reg_threshold_weights = nn.Parameter(torch.full((config.n_head,), config.threshold_init))
+            self.reg_threshold_weights = nn.Parameter(torch.full((self.dynamic,), config.threshold_init))
 
     def _temper(self, query: Tensor, position_ids: Tensor | None) -> Tensor:
         """Q/t: dividing the queries is dividing their row of logits, whatever computes the attention."""
@@ -138,40 +189,85 @@ class EntropyGPT2Attention(GPT2Attention):
         scale = scale[:, position_ids].transpose(0, 1)[..., None]  # [1 or B, H, T, 1]
         return (query * scale).to(query.dtype)
 
+    def _cached(self, cache, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values with the cache's before them. Caches want as many of both: here [B, 1, T, heads·d_k]."""
+        if self.static is None:
+            return cache.update(key, value, self.layer_idx)
+        key, value = (x.transpose(1, 2).flatten(2)[:, None] for x in (key, value))
+        if not self.dynamic:  # an empty tensor would say that nothing is cached
+            key = value[..., :1]
+        key, value = cache.update(key, value, self.layer_idx)
+        key = key[..., : self.dynamic * self.head_dim]
+        return tuple(x[:, 0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (key, value))
+
+    def _mix_values(self, value: Tensor, first_values: list[Tensor]) -> Tensor:
+        if self.layer_idx == 0:
+            first_values[:] = [value]
+            return value
+        own, first = self.value_mix.to(value.dtype)
+        return own * value + first * first_values[0]
+
     def forward(
         self,
         hidden_states: Tensor,
         past_key_values=None,
         attention_mask: Tensor | None = None,
         output_entropies: bool = False,
+        first_values: list[Tensor] | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[B, T, d] -> output [B, T, d], attention weights (eager only), entropy [B, H, T] in nats if asked for."""
-        heads = (*hidden_states.shape[:-1], self.num_heads, self.head_dim)
+        """[B, T, d] -> output [B, T, d], attention weights (eager only), entropy [B, H, T] in nats if asked for.
+
+        H counts the softmax heads. `first_values` is the pass's own list, where layer 0 leaves its values.
+        """
+        query_len, dynamic, implementation = hidden_states.shape[1], self.dynamic, self.config._attn_implementation
+        sizes = [dynamic * self.head_dim, dynamic * self.head_dim, self.embed_dim]
         query, key, value = (
-            x.view(heads).transpose(1, 2) for x in self.c_attn(hidden_states).split(self.split_size, 2)
+            x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in self.c_attn(hidden_states).split(sizes, 2)
         )
+        if self.config.value_residual:
+            value = self._mix_values(value, first_values)
         if self.config.learnable_temperature:
             query = self._temper(query, kwargs.get("position_ids"))
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            key, value = self._cached(past_key_values, key, value)
 
         entropy = attention_weights = None
-        implementation = self.config._attn_implementation
-        if output_entropies:
-            if implementation not in ("entropy_on_request", "entropy", "sdpa", "eager"):
-                raise ValueError(
-                    "output_entropies needs attn_implementation 'entropy', 'sdpa' or 'eager', whose masks it can "
-                    f"read; got {implementation!r}. Call model.set_attn_implementation('entropy')."
-                )
-            output, entropy = attend(self, query, key, value, attention_mask, scaling=self.scaling)
-        else:
+        if output_entropies and implementation not in ("entropy_on_request", "entropy", "sdpa", "eager"):
+            raise ValueError(
+                "output_entropies needs attn_implementation 'entropy', 'sdpa' or 'eager', whose masks it can "
+                f"read; got {implementation!r}. Call model.set_attn_implementation('entropy')."
+            )
+        outputs = []
+        softmax = dynamic if self.config.attention == "softmax" else 0
+        if softmax and output_entropies:
+            output, entropy = attend(self, query, key, value[:, :dynamic], attention_mask, scaling=self.scaling)
+            outputs.append(output)
+        elif softmax:
             attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             output, attention_weights = attention(
-                self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+                self, query, key, value[:, :dynamic], attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
             )
+            outputs.append(output)
+        elif output_entropies:
+            entropy = query.new_zeros(query.shape[0], 0, query_len)
+        if softmax < self.num_heads:
+            visible = visible_keys(self, attention_mask, query, value.shape[2])
+            if dynamic and not softmax:
+                outputs.append(self._relu2(query, key, value[:, :dynamic], visible).transpose(1, 2))
+            if self.static is not None:
+                outputs.append(self.static(value[:, dynamic:], query_len, visible).transpose(1, 2))
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)  # [B, T, H, d_k]
         output = self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return self.resid_dropout(output), attention_weights, entropy
+
+    def _relu2(self, query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        if visible is None:
+            visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            visible = visible.tril(key.shape[2] - query.shape[2])
+        weights = nn.functional.relu(query @ key.transpose(-1, -2) * self.scaling).square()
+        keys = visible.sum(-1, keepdim=True).clamp(min=1).to(weights.dtype)
+        return weights.masked_fill(~visible, 0) / keys @ value
 
 
 class EntropyGPT2Block(GPT2Block):
@@ -180,6 +276,8 @@ class EntropyGPT2Block(GPT2Block):
     X_SA  = X + MHA(LN(X))
     X_out = X_SA + FFN(LN(X_SA)),                FFN(X) = σ(X·W_in)·W_out
     X_out = β·X_SA + (1/α)·FFN(X_SA)             with scaling (Eq. 8), one α and β a layer
+
+    Annealed LayerNorms leave their penalties in the pass's own list, `norm_penalties`.
     """
 
     def __init__(self, config: EntropyGPT2Config, layer_idx: int):
@@ -187,6 +285,10 @@ class EntropyGPT2Block(GPT2Block):
         self.attn = EntropyGPT2Attention(config, layer_idx=layer_idx)
         if not config.layer_norm:
             self.ln_1, self.ln_2 = nn.Identity(), nn.Identity()
+        elif config.annealed_layer_norm and config.folded:
+            self.ln_1, self.ln_2 = nn.Identity(), nn.Identity()
+        elif config.annealed_layer_norm:
+            self.ln_1, self.ln_2 = (AnnealedLayerNorm(config.n_embd, config.layer_norm_epsilon) for _ in range(2))
         if config.fused_ffn:
             self.mlp = FusedFFN(config)
         if config.ffn_scaling:
@@ -202,18 +304,31 @@ class EntropyGPT2Block(GPT2Block):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
+        norm_penalties: list[Tensor] | None = None,
         **kwargs,
     ) -> Tensor:
         attention_output = self.attn(
-            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+            _normed(self.ln_1, hidden_states, norm_penalties),
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            **kwargs,
         )[0]
         hidden_states = hidden_states + attention_output
-        ffn_output = self.mlp(self.ln_2(hidden_states))
+        ffn_output = self.mlp(_normed(self.ln_2, hidden_states, norm_penalties))
         if not self.scaled:
             return hidden_states + ffn_output
         if not self.attn.config.folded:
             ffn_output = ffn_output / self.alpha
         return self.beta * hidden_states + ffn_output
+
+
+def _normed(norm: nn.Module, x: Tensor, penalties: list[Tensor] | None) -> Tensor:
+    if not isinstance(norm, AnnealedLayerNorm):
+        return norm(x)
+    x, penalty = norm(x)
+    if penalties is not None:
+        penalties.append(penalty)
+    return x
 
 
 class _CapturingHook:
@@ -250,7 +365,7 @@ class EntropyGPT2Model(GPT2Model):
     def __init__(self, config: EntropyGPT2Config):
         super().__init__(config)
         self.h = nn.ModuleList([EntropyGPT2Block(config, layer_idx=i) for i in range(config.n_layer)])
-        if not config.layer_norm:
+        if not config.layer_norm or not config.final_layer_norm:
             self.ln_f = nn.Identity()
         self.post_init()
         handles = []
@@ -264,6 +379,18 @@ class EntropyGPT2Model(GPT2Model):
             handles.append(block.attn.register_forward_hook(_CapturingHook("entropies", 2)))
         self._output_capturing_hooks_installed = True
         self._hook_handles = handles  # unpickled, they keep a later hook from getting the number of one of these
+
+    def forward(self, *args, **kwargs):
+        """As GPT2Model's, with what a pass's layers hand to each other."""
+        if self.config.value_residual:
+            kwargs["first_values"] = []
+        return super().forward(*args, **kwargs)
+
+    def anneal_layer_norm(self, blend: float) -> None:
+        """After a training step: the annealed LayerNorms' constants move on, and `blend` of each is constant."""
+        for module in self.modules():
+            if isinstance(module, AnnealedLayerNorm):
+                module.anneal(blend)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """As transformers', which takes a custom model's modules for initialised if no parameter is directly theirs.
@@ -281,9 +408,13 @@ class EntropyGPT2Model(GPT2Model):
 
 @dataclass
 class EntropyCausalLMOutput(CausalLMOutputWithCrossAttentions):
-    """transformers' causal-LM output plus `entropies`: one [B, H, T] tensor a layer, nats, if asked for."""
+    """transformers' causal-LM output plus `entropies`: one [B, H, T] tensor a layer, nats, if asked for.
+
+    H counts a layer's softmax heads. `norm_penalty`: the annealed LayerNorms' mean penalty, a scalar, in training.
+    """
 
     entropies: tuple[Tensor, ...] | None = None
+    norm_penalty: Tensor | None = None
 
 
 class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
@@ -333,6 +464,9 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         plain = attention_mask is None and position_ids is None and past_key_values is None
         if plain and self.config._attn_implementation in ("entropy_on_request", "entropy"):
             attention_mask = no_mask(ids_or_embeds.device)
+        penalties: list[Tensor] = []
+        if self.config.annealed_layer_norm and self.training:
+            kwargs["norm_penalties"] = penalties
         body = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -348,6 +482,7 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         logits = self.lm_head(body.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            kwargs.pop("norm_penalties", None)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
         return EntropyCausalLMOutput(
             loss=loss,
@@ -356,6 +491,7 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
             hidden_states=body.hidden_states,
             attentions=body.attentions,
             entropies=body.get("entropies"),
+            norm_penalty=torch.stack(penalties).mean() if penalties else None,
         )
 
     def generate(self, *args, output_entropies: bool | None = None, **kwargs):
@@ -374,12 +510,19 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         super().enable_input_require_grads()
         hooks.update(dict.fromkeys(hooks.keys() - before, _require_grad))
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """As transformers'; ValueError for reentrant checkpoints where layers hand values to each other."""
+        shares = self.config.value_residual or self.config.annealed_layer_norm
+        if shares and (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("value residuals and annealed LayerNorm need use_reentrant=False: gradients would be lost")
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
     def entropy_thresholds(self) -> Tensor | None:
-        """θ, [L, H], with gradients; None if the variant is not regularised."""
+        """θ, [L, H], with gradients, NaN for static heads; None if the variant is not regularised."""
         return self._stack_layers(lambda block: getattr(block.attn, "reg_threshold_weights", None))
 
     def temperatures(self) -> Tensor | None:
-        """t, [L, H, n_positions]; None if the variant has none."""
+        """t, [L, H, n_positions], NaN for static heads; None if the variant has none."""
         logs = self._stack_layers(lambda block: getattr(block.attn, "log_temperature", None))
         return None if logs is None else logs.exp()
 
@@ -390,7 +533,9 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
 
     def _stack_layers(self, get) -> Tensor | None:
         values = [get(block) for block in self.transformer.h]
-        return None if values[0] is None else torch.stack(values)
+        if values[0] is None:
+            return None
+        return torch.stack([pad_heads(value, self.config.n_head) if value.dim() else value for value in values])
 
 
 AutoConfig.register(EntropyGPT2Config.model_type, EntropyGPT2Config)

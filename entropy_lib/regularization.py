@@ -77,13 +77,16 @@ class EntropyRegularization(nn.Module):
         """Regularisation loss from per-row entropies, a scalar.
 
         Args:
-            entropies: one [batch, heads, queries] tensor a layer, nats.
+            entropies: one [batch, heads, queries] tensor a layer, nats. Layers may have fewer heads than θ's rows, or
+                none (static heads have no entropy): the first values of a row are theirs, and the mean is over layers
+                that have heads.
             thresholds: θ, [layers, heads], or [heads] for all layers.
             query_mask: True at real queries, boolean [batch, queries], or one a layer (`EntropyRecorder.query_masks`);
                 None where all are real. Padding pays nothing: sums and means are over real queries, and a sequence
                 has the ceiling that it has alone (log of its real keys where that depends on the length).
         """
-        _check_layers(entropies, "entropies", 3, "[batch, heads, queries]")
+        heads = thresholds.shape[1] if isinstance(thresholds, Tensor) and thresholds.dim() == 2 else None
+        _check_layers(entropies, "entropies", 3, "[batch, heads, queries]", heads)
         key_lens = [entropy.shape[-1] for entropy in entropies]
         log_context = [math.log(self.context_size or key_len) for key_len in key_lens]
         return self._loss(entropies, thresholds, key_lens, log_context, _query_masks(query_mask, entropies))
@@ -155,10 +158,12 @@ class EntropyRegularization(nn.Module):
         log_context: list[float],
         query_masks: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
-        thresholds = _as_thresholds(thresholds, len(entropies), entropies[0])
+        most = max([layer.shape[1] for layer in entropies])
+        thresholds = _as_thresholds(thresholds, len(entropies), most, entropies[0].device)
         query_masks = query_masks or [None] * len(entropies)
         layers = zip(entropies, thresholds, key_lens, log_context, query_masks, strict=True)
-        return self.loss_coeff * torch.stack([self._layer_penalty(*layer) for layer in layers]).mean()
+        penalties = [self._layer_penalty(*layer) for layer in layers if layer[0].shape[1]]
+        return self.loss_coeff * torch.stack(penalties).mean()
 
     def _layer_penalty(
         self, entropy: Tensor, threshold: Tensor, key_len: int, log_context: float, real: Tensor | None
@@ -169,7 +174,7 @@ class EntropyRegularization(nn.Module):
         real = None if real is None else real[:, None]
         if self.per == "head":
             entropy, ceiling, real = _mean(entropy, real, keepdim=True), _mean(ceiling, real, keepdim=True), None
-        deviation = entropy - threshold[:, None] * ceiling  # [B, H, T_q]
+        deviation = entropy - threshold[: entropy.shape[1], None] * ceiling  # [B, H, T_q]
         outside = deviation.abs() > self.tolerance_margin_factor * ceiling
         if real is not None:
             outside = outside & real
@@ -189,15 +194,22 @@ class EntropyRegularization(nn.Module):
         return entropy.new_full((query_len,), log_context)
 
 
-def _check_layers(layers: Sequence[Tensor], name: str, dim: int, shape: str) -> None:
+def _check_layers(layers: Sequence[Tensor], name: str, dim: int, shape: str, heads: int | None = None) -> None:
+    """ValueError unless all layers have the same number of heads or, where `heads` is given, at most so many."""
     if len(layers) == 0:
         raise ValueError(f"{name} is empty: expected one tensor {shape} a layer")
     for index, layer in enumerate(layers):
-        if not isinstance(layer, Tensor) or layer.dim() != dim or layer.numel() == 0:
+        if (
+            not isinstance(layer, Tensor)
+            or layer.dim() != dim
+            or (layer.numel() == 0 and not (heads and layer.shape[1] == 0))
+        ):
             seen = tuple(layer.shape) if isinstance(layer, Tensor) else type(layer).__name__
             raise ValueError(f"{name}[{index}] must be a tensor {shape}, got {seen}")
-        if layer.shape[1] != layers[0].shape[1]:
+        if layer.shape[1] != layers[0].shape[1] and (heads is None or layer.shape[1] > heads):
             raise ValueError(f"{name}[{index}] has {layer.shape[1]} heads, {name}[0] has {layers[0].shape[1]}")
+    if not any(layer.shape[1] for layer in layers):
+        raise ValueError(f"no layer of {name} has heads: static and ReLU² heads have no entropy to regularise")
 
 
 def _mean(x: Tensor, real: Tensor | None, keepdim: bool = False) -> Tensor:
@@ -231,19 +243,19 @@ def _query_masks(
     return masks
 
 
-def _as_thresholds(thresholds: Tensor | Sequence, num_layers: int, entropy: Tensor) -> Tensor:
-    """θ as [layers, heads] on the device of `entropy`, gradients kept."""
+def _as_thresholds(thresholds: Tensor | Sequence, num_layers: int, num_heads: int, device: torch.device) -> Tensor:
+    """θ as [layers, heads] on `device`, gradients kept; rows may be longer than the layers' heads."""
     if not isinstance(thresholds, Tensor):
         if len(thresholds) == 0:
             raise ValueError("thresholds are empty: expected one weight a head, [heads] or [layers, heads]")
         thresholds = torch.stack([torch.as_tensor(t, dtype=torch.get_default_dtype()) for t in thresholds])
-    num_heads = entropy.shape[1]
-    if tuple(thresholds.shape) not in ((num_heads,), (num_layers, num_heads)):
+    padded = thresholds.dim() == 2 and len(thresholds) == num_layers and thresholds.shape[1] > num_heads
+    if tuple(thresholds.shape) not in ((num_heads,), (num_layers, num_heads)) and not padded:
         raise ValueError(
             f"thresholds must have shape [{num_heads}] or [{num_layers}, {num_heads}] (heads, or layers and heads), "
             f"got {list(thresholds.shape)}"
         )
-    return thresholds.to(entropy.device).expand(num_layers, num_heads)
+    return thresholds.to(device).expand(num_layers, -1)
 
 
 def _went_through_dropout(attention: Tensor) -> bool:

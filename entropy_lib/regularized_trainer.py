@@ -182,7 +182,10 @@ class EntropyRegularizedTrainer(Trainer):
         """This micro-batch's part of the step's penalty, times the number of processes, over which DDP averages."""
         recorder = self._recorder
         if self.thresholds is None:
-            self._start_thresholds(len(recorder.entropies), recorder.entropies[0].shape[1])
+            heads = [layer.shape[1] for layer in recorder.entropies]
+            if len(set(heads)) > 1:
+                raise ValueError(f"one threshold a head wants as many heads in every recorded layer, got {heads}")
+            self._start_thresholds(len(heads), heads[0])
         processes = self.accelerator.num_processes
         if queries is None or self._queries_of_step is None:
             weight = 1 / self.current_gradient_accumulation_steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
+ATTENTIONS = ("softmax", "relu2")
 NORM_PLACEMENTS = ("QK", "FFN", "QK+FFN", "QKV+FFN", "QKVO+FFN")  # Table 5
 
 
@@ -20,6 +21,13 @@ class Variant:
         ffn_scaling: learnable α, β of Eq. 8 (Sc).
         learnable_temperature: softmax temperature t in R^{H×T} in every layer (SM(t), Appendix A).
         entropy_regularization: learnable thresholds θ, and the penalty of Algorithm 1 in training (EReg).
+        dynamic_heads: how many heads of a layer weigh keys by queries, a pattern that repeats over the layers: (3,) is
+            three in every layer, (0, 0, 1) one in every third; the others are static, see `StaticHeads`. None: all.
+        attention: of the dynamic heads, "softmax" (SM) or "relu2" (R2), max(z, 0)² over the number of visible keys.
+        annealed_layer_norm: LayerNorm that becomes a constant during training (LN(a)), see `AnnealedLayerNorm`.
+        final_layer_norm: keep the LayerNorm before the vocabulary, which is not annealed.
+        value_residual: every layer's values mixed with layer 0's (V).
+        ffn_multiple: width of the FFN, in units of d.
     """
 
     name: str
@@ -31,6 +39,12 @@ class Variant:
     ffn_scaling: bool = False
     learnable_temperature: bool = False
     entropy_regularization: bool = False
+    dynamic_heads: tuple[int, ...] | None = None
+    attention: str = "softmax"
+    annealed_layer_norm: bool = False
+    final_layer_norm: bool = True
+    value_residual: bool = False
+    ffn_multiple: int = 4
 
     def placed(self, norm_placement: str) -> Variant:
         """The same variant with its weight or spectral normalisation placed elsewhere (Table 5)."""
@@ -70,10 +84,35 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
+_PRIVATE = {"layer_norm": True, "annealed_layer_norm": True, "ffn_activation": "relu", "value_residual": True}
+_EREG = {"entropy_regularization": True}
+
+# Beyond the paper. SM(n): n softmax heads a layer, or by layer, the rest static; LN(a): annealed to a constant, but for
+# the last; V: value residual; R2(n): ReLU² attention instead of a softmax.
+PRIVATE_VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("SM+LN(a)+R", layer_norm=True, annealed_layer_norm=True, ffn_activation="relu"),
+        Variant("SM(3)+LN+G+V", dynamic_heads=(3,), layer_norm=True, ffn_activation="gelu_new", value_residual=True),
+        Variant("SM(3)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(3,)),
+        Variant("SM(1)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(1,)),
+        Variant("SM(0,0,1)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0, 0, 1)),
+        Variant("SM(0,0,1)+LN(a)+R(2d)+V", **_PRIVATE, dynamic_heads=(0, 0, 1), ffn_multiple=2),
+        Variant("R2(0,0,1)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0, 0, 1), attention="relu2"),
+        Variant("SM(0)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0,)),
+        Variant("EReg(SM(3)+LN(a)+R+V)", **_PRIVATE, dynamic_heads=(3,), **_EREG),
+    )
+}
+
+
 def get_variant(variant: str | Variant) -> Variant:
     """Look a variant up by its name in the paper; ValueError lists the names if there is none."""
     if isinstance(variant, Variant):
         return variant
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}; the paper's names are {', '.join(VARIANTS)}")
-    return VARIANTS[variant]
+    known = VARIANTS | PRIVATE_VARIANTS
+    if variant not in known:
+        raise ValueError(
+            f"unknown variant {variant!r}; the paper's names are {', '.join(VARIANTS)}; beyond it there are "
+            f"{', '.join(PRIVATE_VARIANTS)}"
+        )
+    return known[variant]

@@ -115,6 +115,11 @@ class Architecture:
             "a final LayerNorm": (not get("_remove_final_layer_norm", default=False), True),
             "LayerNorm with parameters": (get("layer_norm_elementwise_affine", default=True), True),
             "embedding width": (get("word_embed_proj_dim", default=width), width),
+            "heads with a softmax by layer": (get("dynamic_heads"), None),
+            "attention": (get("attention", default="softmax"), "softmax"),
+            "annealed LayerNorm": (get("annealed_layer_norm", default=False), False),
+            "a LayerNorm before the vocabulary": (get("final_layer_norm", default=True), True),
+            "value residuals": (get("value_residual", default=False), False),
         }
         for name, (seen, wanted) in odd.items():
             if seen != wanted:

@@ -83,8 +83,10 @@ def known_corpus(name: str, max_tokens: int | None) -> dict:
 
 def differences(wanted: dict, found: dict) -> str:
     """Where an identity differs from the one that is wanted, in words; "" if nowhere. Of the corpus, what is wanted."""
-    corpus, recipe = found.get("corpus") or {}, _whole_recipe(found.get("recipe") or {}, found.get("variant") or {})
+    corpus, variant = found.get("corpus") or {}, found.get("variant") or {}
+    recipe = _whole_recipe(found.get("recipe") or {}, variant)
     found = {**found, "corpus": {key: corpus.get(key) for key in wanted["corpus"]}, "recipe": recipe}
+    found["variant"] = {**_plain("variant", asdict(Variant(""))), **variant}
     names, details = [], []
     for name, value in wanted.items():
         if found.get(name) == value:
@@ -99,11 +101,20 @@ def differences(wanted: dict, found: dict) -> str:
     return f"{', '.join(names)} differ: {'; '.join(details)}" if names else ""
 
 
+# A field of `Variant` goes into a run's digest even with its default, unless it is one of these.
+_ADDED_TO_VARIANT = (
+    "dynamic_heads", "attention", "annealed_layer_norm", "final_layer_norm", "value_residual", "ffn_multiple",
+)  # fmt: skip
+
+
 def digest(identity: dict) -> str:
-    """SHA-256 (hex), the same before and after a field with a default was added to `Recipe`."""
-    default = asdict(Recipe())
+    """SHA-256 (hex), the same before and after a field with a default was added to `Recipe` or `Variant`."""
+    default, of_variant = asdict(Recipe()), asdict(Variant(""))
     changed = {key: value for key, value in identity["recipe"].items() if key not in default or default[key] != value}
-    return hashlib.sha256(json.dumps({**identity, "recipe": changed}, sort_keys=True).encode()).hexdigest()
+    first = [field for field in of_variant if field not in _ADDED_TO_VARIANT]
+    variant = {k: v for k, v in identity["variant"].items() if k in first or of_variant.get(k) != v}
+    plain = {**identity, "recipe": changed, "variant": variant}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def scaled_before_the_field(variant: dict) -> bool:

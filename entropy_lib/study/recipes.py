@@ -35,6 +35,8 @@ class Recipe:
             mean, which does not depend on the batch.
         temperature_init, threshold_init: t and θ at the start.
         scaled_residual_init: see `EntropyGPT2Config`.
+        anneal_start, anneal_end: shares of the steps between which annealed LayerNorms (LN(a)) become constant.
+        norm_penalty_coeff: factor of their penalty, mean(log²(k·std)), in the loss of training.
         precision: "float32" (matrix products in TF32 on GPUs that have it) or "bfloat16" (autocast).
         max_skipped_in_a_row: non-finite steps in a row that end a run as collapsed.
     """
@@ -62,6 +64,9 @@ class Recipe:
     temperature_init: float = 1e-2
     threshold_init: float = 0.5
     scaled_residual_init: bool = True
+    anneal_start: float = 0.3
+    anneal_end: float = 0.7
+    norm_penalty_coeff: float = 0.1
     precision: str = "float32"
     compile: bool = False
     max_skipped_in_a_row: int = 20
@@ -87,6 +92,11 @@ class Recipe:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
+        if not self.anneal_start < self.anneal_end <= 1:
+            raise ValueError(
+                f"anneal_start must be below anneal_end, and that at most 1, got {self.anneal_start} and "
+                f"{self.anneal_end}: LayerNorm would not be constant in the end"
+            )
         self.regularization()  # its own checks, before a model is built
 
     def regularization(self) -> EntropyRegularization:
@@ -98,6 +108,11 @@ class Recipe:
             per=self.per,
             ceiling=self.ceiling,
         )
+
+    def layer_norm_blend(self, step: int) -> float:
+        """How much of an annealed LayerNorm is constant after `step` steps, from 0 to 1."""
+        share = (step / self.steps - self.anneal_start) / (self.anneal_end - self.anneal_start)
+        return min(1.0, max(0.0, share))
 
     def accumulation_steps(self, processes: int) -> int:
         """Micro-batches a step in each process."""

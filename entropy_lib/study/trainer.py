@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PrinterCallback, TrainerCallback
 
-from entropy_lib.entropy import head_means
+from entropy_lib.entropy import head_means, pad_heads
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.study.global_state import RandomStateKept
 from entropy_lib.study.runs import read_history, write_history, written_whole
@@ -87,6 +87,8 @@ class EntropyTrainer(RandomStateKept):
         entropy_every: int = 50,
         max_skipped_in_a_row: int = 20,
         warmup_from_zero: bool = True,
+        layer_norm_blend: Callable[[int], float] | None = None,
+        norm_penalty_coeff: float = 0.0,
         **kwargs,
     ):
         kwargs.setdefault("data_collator", collate_blocks)
@@ -99,6 +101,11 @@ class EntropyTrainer(RandomStateKept):
         self.entropy_every = entropy_every
         self.max_skipped_in_a_row = max_skipped_in_a_row
         self.warmup_from_zero = warmup_from_zero
+        anneals = self.model.config.annealed_layer_norm
+        self.layer_norm_blend = layer_norm_blend if anneals else None
+        self.norm_penalty_coeff = norm_penalty_coeff if anneals else 0.0
+        numbers = torch.arange(self.model.config.n_head)  # True for softmax heads, whose entropies are numbers
+        self.has_entropy = torch.stack([numbers < heads for heads in self.model.config.entropy_heads()])  # [L, H]
         self.collapsed = False
         self.grad_norm = math.nan  # of the last step that was read, see `_read_grad_norms`
         self._grad_norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
@@ -129,7 +136,8 @@ class EntropyTrainer(RandomStateKept):
         self._cross_entropy = self._cross_entropy + loss.detach() / self.accelerator.num_processes
         if self._recording():
             entropies = outputs.entropies or self._entropies_without_graph(inputs["input_ids"], padding)
-            self._entropies.append(torch.stack([head_means(e, real) for e in entropies]))
+            heads = self.model.config.n_head
+            self._entropies.append(torch.stack([pad_heads(head_means(e, real), heads) for e in entropies]))
         if self.regularization is not None:
             penalty = self.regularization(outputs.entropies, self.model.entropy_thresholds(), real)
             # Micro-batches add up, processes are averaged: a mean wants the first undone, a sum the second.
@@ -140,6 +148,8 @@ class EntropyTrainer(RandomStateKept):
                 self._penalty = self._penalty + penalty.detach()
                 penalty = penalty * self.accelerator.num_processes
             loss = loss + penalty
+        if self.norm_penalty_coeff:
+            loss = loss + self.norm_penalty_coeff * outputs.norm_penalty / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
@@ -282,7 +292,10 @@ class EntropyTrainer(RandomStateKept):
         total = torch.where(targets > 0, loss * targets, 0.0)  # a mean over no targets is NaN
         queries = inputs.get("attention_mask", torch.ones_like(labels)).bool().clone()
         queries[real:] = False
-        entropies = [entropy.masked_fill(~queries[:, None], 0).sum(dim=(0, 2)) for entropy in outputs.entropies]
+        entropies = [
+            pad_heads(entropy.masked_fill(~queries[:, None], 0).sum(dim=(0, 2)), self.model.config.n_head)
+            for entropy in outputs.entropies
+        ]
         self._eval_sums.append(torch.cat([torch.stack([total, targets, queries.sum()]), *entropies]))
         return (loss, outputs) if return_outputs else loss
 
@@ -313,7 +326,7 @@ class EntropyTrainer(RandomStateKept):
         if self._entropies:
             entropy = self.accelerator.reduce(torch.stack(self._entropies).mean(0), "mean")
             losses = self.accelerator.reduce(torch.stack([self._cross_entropy, self._penalty]), "sum").tolist()
-            if torch.isfinite(entropy).all():
+            if torch.isfinite(entropy[self.has_entropy]).all():
                 self.history.append(self._row(losses, entropy, learning_rate))
                 for callback in self.callback_handler.callbacks:
                     if hasattr(callback, "on_record"):
@@ -364,6 +377,8 @@ class _RecordAndSkip(TrainerCallback):
                 trainer._started -= trainer.history[-1]["seconds"]
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        if self.trainer.layer_norm_blend is not None:
+            self.trainer.model.transformer.anneal_layer_norm(self.trainer.layer_norm_blend(state.global_step))
         self.trainer.record_step(lr_scheduler.get_last_lr()[0])
         if self.trainer.collapsed:
             control.should_training_stop = True

@@ -184,6 +184,8 @@ def _train(
         entropy_every=recipe.entropy_every,
         max_skipped_in_a_row=recipe.max_skipped_in_a_row,
         warmup_from_zero=recipe.warmup_from_zero,
+        layer_norm_blend=recipe.layer_norm_blend,
+        norm_penalty_coeff=recipe.norm_penalty_coeff,
         callbacks=list(callbacks),
     )
     trainer.add_callback(MarkWhole(folder, trainer.accelerator))
@@ -199,7 +201,7 @@ def _train(
     if trainer.eval_step != trainer.state.global_step:
         trainer.evaluate()
     eval_loss, entropy = trainer.eval_loss, trainer.eval_entropy
-    if not torch.isfinite(entropy).all():
+    if not torch.isfinite(entropy[trainer.has_entropy]).all():
         entropy = torch.tensor(trainer.history[-1]["entropy"]) if trainer.history else torch.zeros_like(entropy)
     tokens = trainer.state.global_step * recipe.sequences_per_step * recipe.context_length
     history = trainer.history_frame()
@@ -221,7 +223,7 @@ def _train(
         tflops=tokens_per_second * model_flops_per_token(model) / arguments.world_size / 1e12,
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if arguments.device.type == "cuda" else 0.0,
         processes=arguments.world_size,
-        entropy=entropy.tolist(),
+        entropy=[[None if math.isnan(head) else head for head in layer] for layer in entropy.tolist()],
         history=history,
         model=model.eval(),
     )
