@@ -90,7 +90,7 @@ def entropy_mask(
 
 
 def visible_keys(module: nn.Module, attention_mask: Tensor | None, query: Tensor, key_len: int) -> Tensor | None:
-    """What queries [B, H, T_q, D] see of the keys, boolean, broadcastable to [B, 1, T_q, T_k], by a mask as in `attend`.
+    """What queries [B, H, T_q, D] see of the keys: boolean, broadcastable to [B, 1, T_q, T_k]; masks as in `attend`.
 
     None where that is plainly causal and the queries are the last of the keys.
     """

@@ -283,9 +283,7 @@ class EntropyGPT2Block(GPT2Block):
     def __init__(self, config: EntropyGPT2Config, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
         self.attn = EntropyGPT2Attention(config, layer_idx=layer_idx)
-        if not config.layer_norm:
-            self.ln_1, self.ln_2 = nn.Identity(), nn.Identity()
-        elif config.annealed_layer_norm and config.folded:
+        if not config.layer_norm or (config.annealed_layer_norm and config.folded):
             self.ln_1, self.ln_2 = nn.Identity(), nn.Identity()
         elif config.annealed_layer_norm:
             self.ln_1, self.ln_2 = (AnnealedLayerNorm(config.n_embd, config.layer_norm_epsilon) for _ in range(2))

@@ -67,6 +67,6 @@ def private_model(request):
 
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(filter(None, case)))
 def model(request):
-    """Every variant of the paper, and every placement of weight and spectral normalisation, in float64 and eval mode."""
+    """The paper's variants, and every placement of weight and spectral normalisation, in float64 and eval mode."""
     torch.manual_seed(0)
     return tiny_model(*request.param)
