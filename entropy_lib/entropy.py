@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -151,9 +150,7 @@ _ENTROPY_TOLERANCE = max(ROW_SUM_TOLERANCE.values())
 
 def _head_entropies(entropy: Tensor) -> Tensor:
     """As float64, with NaN for static heads, of which the records' JSON says null."""
-    if not isinstance(entropy, Tensor):
-        entropy = torch.from_numpy(np.array(entropy, dtype=np.float64))
-    entropy = entropy.to(torch.float64)
+    entropy = torch.as_tensor(_without_none(entropy), dtype=torch.float64)
     static = entropy.isnan()
     of_softmax, after = entropy[~static], ~static[..., 1:] & static[..., :-1]  # static heads come last
     if entropy.numel() == 0 or after.any() or of_softmax.isinf().any() or (of_softmax < -_ENTROPY_TOLERANCE).any():
@@ -162,6 +159,12 @@ def _head_entropies(entropy: Tensor) -> Tensor:
             f"{tuple(entropy.shape)} with values {entropy.flatten()[:4].tolist()}..."
         )
     return entropy
+
+
+def _without_none(values):
+    if isinstance(values, (list, tuple)):
+        return [_without_none(value) for value in values]
+    return math.nan if values is None else values
 
 
 def entropy_bands(entropy: Tensor) -> Tensor:

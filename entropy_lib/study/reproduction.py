@@ -270,12 +270,15 @@ def _budget(run: Run) -> tuple:
 
 
 def _baselines(runs: str | Path) -> dict[tuple, list[RunRecord]]:
-    """The SM+LN+G runs on record by budget: those that started as GPT-2 does, the others where there are none."""
+    """The SM+LN+G runs on record by budget: those that started as the tables' others did, not scaled as GPT-2's does.
+
+    Where there are none, those that started as GPT-2 does; the experiments `initialization` hold them against each other.
+    """
     found: dict[tuple, dict[bool, list[RunRecord]]] = {}
     for run in {run.record: run for experiment in EXPERIMENTS.values() for run in experiment.runs}.values():
         if run.variant == BASELINE and (records := _on_record([run], runs)):
             found.setdefault(_budget(run), {}).setdefault(_recipe(run).scaled_residual_init, []).extend(records)
-    return {budget: by_start.get(True) or by_start[False] for budget, by_start in found.items()}
+    return {budget: by_start.get(False) or by_start[True] for budget, by_start in found.items()}
 
 
 def _differ(runs: Iterable[Run], field: str) -> bool:
