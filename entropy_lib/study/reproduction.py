@@ -272,7 +272,7 @@ def _budget(run: Run) -> tuple:
 def _baselines(runs: str | Path) -> dict[tuple, list[RunRecord]]:
     """The SM+LN+G runs on record by budget: those that started as the tables' others did, not scaled as GPT-2's does.
 
-    Where there are none, those that started as GPT-2 does; the experiments `initialization` hold them against each other.
+    Where there are none, those that did start as GPT-2 does; `initialization` holds them against each other.
     """
     found: dict[tuple, dict[bool, list[RunRecord]]] = {}
     for run in {run.record: run for experiment in EXPERIMENTS.values() for run in experiment.runs}.values():

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tests.study.test_training import MODEL, RECIPE, corpus, train
 
 from entropy_lib import fold_for_inference
 from entropy_lib.entropy import diagnose, entropy_bands
 from entropy_lib.study.recipes import Recipe
 from entropy_lib.study.runs import RunRecord, compare
+from tests.study.test_training import MODEL, RECIPE, corpus, train
 
 __all__ = ["corpus"]  # the fixture
 SIZES = {**MODEL, "n_layer": 3, "n_head": 4}
