@@ -12,7 +12,7 @@ from entropy_lib.folding import fold_for_inference
 from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel, build_model
 from entropy_lib.recording import entropy_callback, record_entropy
 from entropy_lib.regularization import EntropyRegularization
-from entropy_lib.variants import VARIANTS, Variant
+from entropy_lib.variants import PRIVATE_VARIANTS, VARIANTS, Variant
 
 _WORKSHOP = {
     "EntropyRegularizedTrainer": "entropy_lib.regularized_trainer",
@@ -26,6 +26,7 @@ _WORKSHOP = {
 }
 
 __all__ = [
+    "PRIVATE_VARIANTS",
     "VARIANTS",
     "EntropyGPT2Config",
     "EntropyGPT2LMHeadModel",

@@ -12,8 +12,8 @@ class AnnealedLayerNorm(nn.Module):
     """w ⊙ (x − mean(x))·((1−A)/std(x) + A·k) + b: LayerNorm at A = 0, linear in x at A = 1.
 
     k is the running geometric mean of 1/std over real training rows, which stands still once A is 1. The penalty
-    mean(log²(k·std)), added to the training loss, keeps the rows' scale where k suits them. (Removal of LayerNorm after
-    training: Heimersheim 2024, "You can remove GPT2's LayerNorm by fine-tuning"; Baroni et al. 2025.)
+    mean(log²(k·std)), added to the training loss, keeps the rows' scale where k suits them. (By fine-tuning: arXiv
+    2507.02559, "Transformers Don't Need LayerNorm at Inference Time"; by a gate: TaperNorm, arXiv 2602.10408.)
 
     Buffers, saved with the model: `blend` A, `log_scale` log k, `seen` whether a step has set it.
     """

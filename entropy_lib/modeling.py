@@ -160,8 +160,8 @@ class EntropyGPT2Attention(GPT2Attention):
     key-value cache and with left padding. θ is `reg_threshold_weights`, [H], the published code's name for it.
 
     With `dynamic_heads`, only the first so many heads have queries and keys; the rest are `static`. With attention
-    "relu2" their weights are max(z, 0)²/(number of visible keys) (Wortsman et al. 2023; So et al. 2021) and have no
-    entropy. With `value_residual`, V ← a·V + b·V of layer 0, two scalars a layer (Zhou et al. 2024).
+    "relu2" their weights are max(z, 0)²/(number of visible keys) (as ReLU attention, arXiv 2309.08586) and have no
+    entropy. With `value_residual`, V ← a·V + b·V of layer 0, two scalars a layer (arXiv 2410.17897).
     """
 
     def __init__(self, config: EntropyGPT2Config, layer_idx: int):

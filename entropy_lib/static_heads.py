@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class StaticHeads(nn.Module):
     """o_i = Σ_{j≤i} f[h, i−j]·v_j: a causal filter over distances in place of softmax(QKᵀ), so linear in the values.
 
-    (Fixed and synthesised attention: Tay et al. 2021, "Synthesizer".) `filter` is f, [heads, n_positions], one weight a
-    distance; heads start as normalised exponential decays over 0.3 to `n_positions`/2 tokens. Distances count the keys
+    (Attention without queries and keys: arXiv 2005.00743, "Synthesizer".) `filter` is f, [heads, n_positions], one
+    weight a distance; heads start as normalised exponential decays over 0.3 to `n_positions`/2 tokens. Distances count the keys
     that a query sees, so that padding and a cache change nothing.
     """
 

@@ -18,7 +18,7 @@ from entropy_lib.study.parallel import Run, exit_status, recorded, run_all
 from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe
 from entropy_lib.study.runs import RunRecord, compare
 from entropy_lib.study.training import train_variant
-from entropy_lib.variants import NORM_PLACEMENTS, VARIANTS, get_variant
+from entropy_lib.variants import NORM_PLACEMENTS, PRIVATE_VARIANTS, VARIANTS, get_variant
 
 
 def add_recipe_options(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m entropy_lib.study", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variant", "--variants", dest="variants", nargs="+", required=True, metavar="NAME",
-                        help=f"one or more of: {', '.join(VARIANTS)}")  # fmt: skip
+                        help=f"one or more of: {', '.join(VARIANTS | PRIVATE_VARIANTS)}")  # fmt: skip
     parser.add_argument("--size", default="tiny", choices=list(MODEL_SIZES))
     parser.add_argument("--corpus", default="sample", help=f"{', '.join(CORPORA)} or a path")
     parser.add_argument("--max-tokens", type=int, help="train on the first this many tokens of the corpus")
