@@ -12,8 +12,8 @@ class StaticHeads(nn.Module):
     """o_i = Σ_{j≤i} f[h, i−j]·v_j: a causal filter over distances in place of softmax(QKᵀ), so linear in the values.
 
     (Attention without queries and keys: arXiv 2005.00743, "Synthesizer".) `filter` is f, [heads, n_positions], one
-    weight a distance; heads start as normalised exponential decays over 0.3 to `n_positions`/2 tokens. Distances count the keys
-    that a query sees, so that padding and a cache change nothing.
+    weight a distance; heads start as normalised exponential decays over 0.3 to `n_positions`/2 tokens. Distances count
+    the keys that a query sees, so that padding and a cache change nothing.
     """
 
     def __init__(self, heads: int, n_positions: int):
