@@ -655,7 +655,7 @@ def test_every_field_of_a_recipe_can_go_on_record(entry):
     for value in wrong:
         with pytest.raises(ValueError, match=entry.name):
             get_recipe("smoke", **{entry.name: value})
-    if number and entry.name != "warmup_ratio":
+    if number and entry.name not in ("warmup_ratio", "anneal_start"):
         recipe = get_recipe("smoke", **{entry.name: np.float32(1) if isinstance(entry.default, float) else np.int64(1)})
         assert json.dumps(getattr(recipe, entry.name)) in ("1", "1.0")
     assert all(recipe == replace(recipe) for recipe in RECIPES.values())
