@@ -516,11 +516,14 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def entropy_thresholds(self) -> Tensor | None:
-        """θ, [L, H], with gradients, NaN for static heads; None if the variant is not regularised."""
+        """θ, [L, H], with gradients; None if the variant is not regularised.
+
+        H is the most softmax heads that a layer has; NaN fills the rows of layers that have fewer.
+        """
         return self._stack_layers(lambda block: getattr(block.attn, "reg_threshold_weights", None))
 
     def temperatures(self) -> Tensor | None:
-        """t, [L, H, n_positions], NaN for static heads; None if the variant has none."""
+        """t, [L, H, n_positions], H as in `entropy_thresholds`; None if the variant has none."""
         logs = self._stack_layers(lambda block: getattr(block.attn, "log_temperature", None))
         return None if logs is None else logs.exp()
 
@@ -533,7 +536,8 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         values = [get(block) for block in self.transformer.h]
         if values[0] is None:
             return None
-        return torch.stack([pad_heads(value, self.config.n_head) if value.dim() else value for value in values])
+        most = max(self.config.entropy_heads())
+        return torch.stack([pad_heads(value, most) if value.dim() else value for value in values])
 
 
 AutoConfig.register(EntropyGPT2Config.model_type, EntropyGPT2Config)

@@ -244,18 +244,17 @@ def _query_masks(
 
 
 def _as_thresholds(thresholds: Tensor | Sequence, num_layers: int, num_heads: int, device: torch.device) -> Tensor:
-    """θ as [layers, heads] on `device`, gradients kept; rows may be longer than the layers' heads."""
+    """θ as [layers, heads] on `device`, gradients kept; `num_heads` is the most that a layer has."""
     if not isinstance(thresholds, Tensor):
         if len(thresholds) == 0:
             raise ValueError("thresholds are empty: expected one weight a head, [heads] or [layers, heads]")
         thresholds = torch.stack([torch.as_tensor(t, dtype=torch.get_default_dtype()) for t in thresholds])
-    padded = thresholds.dim() == 2 and len(thresholds) == num_layers and thresholds.shape[1] > num_heads
-    if tuple(thresholds.shape) not in ((num_heads,), (num_layers, num_heads)) and not padded:
+    if tuple(thresholds.shape) not in ((num_heads,), (num_layers, num_heads)):
         raise ValueError(
             f"thresholds must have shape [{num_heads}] or [{num_layers}, {num_heads}] (heads, or layers and heads), "
             f"got {list(thresholds.shape)}"
         )
-    return thresholds.to(device).expand(num_layers, -1)
+    return thresholds.to(device).expand(num_layers, num_heads)
 
 
 def _went_through_dropout(attention: Tensor) -> bool:

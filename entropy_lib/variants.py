@@ -46,6 +46,10 @@ class Variant:
     value_residual: bool = False
     ffn_multiple: int = 4
 
+    def __post_init__(self):
+        if isinstance(self.dynamic_heads, list):  # from JSON
+            object.__setattr__(self, "dynamic_heads", tuple(self.dynamic_heads))
+
     def placed(self, norm_placement: str) -> Variant:
         """The same variant with its weight or spectral normalisation placed elsewhere (Table 5)."""
         if self.weight_normalization is None:
@@ -85,7 +89,6 @@ VARIANTS: dict[str, Variant] = {
 
 
 _PRIVATE = {"layer_norm": True, "annealed_layer_norm": True, "ffn_activation": "relu", "value_residual": True}
-_EREG = {"entropy_regularization": True}
 
 # Beyond the paper. SM(n): n softmax heads a layer, or by layer, the rest static; LN(a): annealed to a constant, but for
 # the last; V: value residual; R2(n): ReLU² attention instead of a softmax.
@@ -100,13 +103,13 @@ PRIVATE_VARIANTS: dict[str, Variant] = {
         Variant("SM(0,0,1)+LN(a)+R(2d)+V", **_PRIVATE, dynamic_heads=(0, 0, 1), ffn_multiple=2),
         Variant("R2(0,0,1)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0, 0, 1), attention="relu2"),
         Variant("SM(0)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0,)),
-        Variant("EReg(SM(3)+LN(a)+R+V)", **_PRIVATE, dynamic_heads=(3,), **_EREG),
+        Variant("EReg(SM(3)+LN(a)+R+V)", **_PRIVATE, dynamic_heads=(3,), entropy_regularization=True),
     )
 }
 
 
 def get_variant(variant: str | Variant) -> Variant:
-    """Look a variant up by its name in the paper; ValueError lists the names if there is none."""
+    """Look a variant up by its name, the paper's or ours beyond it; ValueError lists the names if there is none."""
     if isinstance(variant, Variant):
         return variant
     known = VARIANTS | PRIVATE_VARIANTS

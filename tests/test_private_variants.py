@@ -213,13 +213,15 @@ def test_recorder_hears_the_softmax_heads(tiny_model):
 def test_a_head_s_penalty_does_not_depend_on_static_ones():
     torch.manual_seed(0)
     layers = [torch.rand(2, heads, 24, dtype=torch.float64) * 3 for heads in (3, 0, 1)]
-    thresholds = torch.rand(3, 4, dtype=torch.float64)
-    thresholds[0, 3:] = thresholds[1] = thresholds[2, 1:] = math.nan
+    thresholds = torch.rand(3, 3, dtype=torch.float64)
+    thresholds[1] = thresholds[2, 1:] = math.nan
     penalty = EntropyRegularization(0.5, 0.1, 24, reduction="mean")
     whole = [penalty([e], thresholds[i : i + 1, : e.shape[1]]) for i, e in enumerate(layers) if e.shape[1]]
     torch.testing.assert_close(penalty(layers, thresholds), (whole[0] + whole[1]) / 2, **EXACT)
     with pytest.raises(ValueError, match="no entropy to regularise"):
         penalty([layers[1]] * 3, thresholds)
+    with pytest.raises(ValueError, match="thresholds must have shape"):
+        penalty(layers, torch.rand(3, 4, dtype=torch.float64))
 
 
 def test_thresholds_and_temperatures_of_static_heads_are_nan(tiny_model):

@@ -34,13 +34,13 @@ def run_identity(
         variant = variant.placed(placement)
     recipe = asdict(recipe) if isinstance(recipe, Recipe) else _whole_recipe(recipe, asdict(variant))
     return {
-        "variant": _plain("variant", asdict(variant)),
+        "variant": plain("variant", asdict(variant)),
         "size": size,
         "seed": seed,
         "corpus": corpus,
-        "recipe": _plain("recipe", recipe),
-        "model_config": _plain("model_config", model_config),
-        "training_overrides": _plain("training_overrides", training_overrides or {}),
+        "recipe": plain("recipe", recipe),
+        "model_config": plain("model_config", model_config),
+        "training_overrides": plain("training_overrides", training_overrides or {}),
     }
 
 
@@ -86,7 +86,7 @@ def differences(wanted: dict, found: dict) -> str:
     corpus, variant = found.get("corpus") or {}, found.get("variant") or {}
     recipe = _whole_recipe(found.get("recipe") or {}, variant)
     found = {**found, "corpus": {key: corpus.get(key) for key in wanted["corpus"]}, "recipe": recipe}
-    found["variant"] = {**_plain("variant", asdict(Variant(""))), **variant}
+    found["variant"] = {**plain("variant", asdict(Variant(""))), **variant}
     names, details = [], []
     for name, value in wanted.items():
         if found.get(name) == value:
@@ -111,10 +111,9 @@ def digest(identity: dict) -> str:
     """SHA-256 (hex), the same before and after a field with a default was added to `Recipe` or `Variant`."""
     default, of_variant = asdict(Recipe()), asdict(Variant(""))
     changed = {key: value for key, value in identity["recipe"].items() if key not in default or default[key] != value}
-    first = [field for field in of_variant if field not in _ADDED_TO_VARIANT]
-    variant = {k: v for k, v in identity["variant"].items() if k in first or of_variant.get(k) != v}
-    plain = {**identity, "recipe": changed, "variant": variant}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+    variant = {k: v for k, v in identity["variant"].items() if k not in _ADDED_TO_VARIANT or of_variant[k] != v}
+    essence = {**identity, "recipe": changed, "variant": variant}
+    return hashlib.sha256(json.dumps(essence, sort_keys=True).encode()).hexdigest()
 
 
 def scaled_before_the_field(variant: dict) -> bool:
@@ -132,11 +131,12 @@ def _whole_recipe(recipe: dict, variant: dict) -> dict:
     return {**asdict(Recipe()), "scaled_residual_init": scaled_before_the_field(variant), **recipe}
 
 
-def _plain(name: str, values: dict) -> dict:
-    plain = {}
+def plain(name: str, values: dict) -> dict:
+    """`values` as JSON gives them back; ValueError for what it cannot hold."""
+    found = {}
     for key, value in values.items():
         try:
-            plain[key] = json.loads(json.dumps(value, allow_nan=False))
+            found[key] = json.loads(json.dumps(value, allow_nan=False))
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{name} goes on record, as JSON, which cannot hold {key}={value!r}: {error}") from error
-    return plain
+    return found

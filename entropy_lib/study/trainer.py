@@ -338,6 +338,7 @@ class EntropyTrainer(RandomStateKept):
         self._read_grad_norms()
         model, scales = self.model, self.model.ffn_scales()
         thresholds, temperatures = model.entropy_thresholds(), model.temperatures()
+        heads = model.config.n_head
         step = self.state.global_step
         return {
             "step": step,
@@ -346,8 +347,8 @@ class EntropyTrainer(RandomStateKept):
             "penalty": losses[1],
             "eval_loss": math.nan,
             "entropy": entropy.tolist(),
-            "thresholds": None if thresholds is None else thresholds.tolist(),
-            "temperatures": None if temperatures is None else temperatures.mean(-1).tolist(),
+            "thresholds": None if thresholds is None else pad_heads(thresholds.T, heads).T.tolist(),
+            "temperatures": None if temperatures is None else pad_heads(temperatures.mean(-1).T, heads).T.tolist(),
             "alpha": None if scales is None else scales[0].tolist(),
             "beta": None if scales is None else scales[1].tolist(),
             "learning_rate": learning_rate,

@@ -27,7 +27,7 @@ from entropy_lib.modeling import build_model
 from entropy_lib.study.cache import cache_folder
 from entropy_lib.study.corpus import load_corpus
 from entropy_lib.study.global_state import OwnDraws, one_training_at_a_time
-from entropy_lib.study.identity import corpus_identity, digest, run_identity
+from entropy_lib.study.identity import corpus_identity, digest, plain, run_identity
 from entropy_lib.study.recipes import RECIPES, Recipe, get_recipe, training_arguments
 from entropy_lib.study.run_folder import MarkWhole, RunFolder, place_of_record, remove
 from entropy_lib.study.runs import RunRecord
@@ -129,7 +129,7 @@ def train_variant(
         "recipe": asdict(recipe),
         "model_config": model_config or {},
         "max_tokens": text["max_tokens"],
-        "variant_config": asdict(variant),
+        "variant_config": plain("variant", asdict(variant)),
         "training_overrides": training_overrides or {},
         "command": _command(variant.name, size, seed),
         "versions": _versions(),
@@ -202,7 +202,9 @@ def _train(
         trainer.evaluate()
     eval_loss, entropy = trainer.eval_loss, trainer.eval_entropy
     if not torch.isfinite(entropy[trainer.has_entropy]).all():
-        entropy = torch.tensor(trainer.history[-1]["entropy"]) if trainer.history else torch.zeros_like(entropy)
+        entropy = torch.where(trainer.has_entropy, 0.0, math.nan)
+        if trainer.history:
+            entropy = torch.tensor(trainer.history[-1]["entropy"])
     tokens = trainer.state.global_step * recipe.sequences_per_step * recipe.context_length
     history = trainer.history_frame()
     tokens_per_second = steady_tokens_per_second(history)

@@ -1,14 +1,15 @@
 """Training what is beyond the paper: LayerNorm anneals as the recipe says, static heads have no entropy on record."""
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
 
-from entropy_lib import fold_for_inference
+from entropy_lib import PRIVATE_VARIANTS, VARIANTS, Variant, fold_for_inference
 from entropy_lib.entropy import diagnose, entropy_bands
+from entropy_lib.study.identity import digest
 from entropy_lib.study.recipes import Recipe
 from entropy_lib.study.runs import RunRecord, compare
 from tests.study.test_training import MODEL, RECIPE, corpus, train
@@ -16,6 +17,10 @@ from tests.study.test_training import MODEL, RECIPE, corpus, train
 __all__ = ["corpus"]  # the fixture
 SIZES = {**MODEL, "n_layer": 3, "n_head": 4}
 VARIANT = "EReg(SM(3)+LN(a)+R+V)"
+FIRST_FIELDS = (
+    "name layer_norm ffn_activation fused_ffn weight_normalization norm_placement ffn_scaling learnable_temperature "
+    "entropy_regularization"
+).split()
 
 
 def test_a_run_anneals_records_and_comes_back(corpus, tmp_path):
@@ -31,10 +36,14 @@ def test_a_run_anneals_records_and_comes_back(corpus, tmp_path):
     assert [[head is None for head in layer] for layer in loaded.entropy] == [[False] * 3 + [True]] * 3
     assert np.isnan(loaded.entropy_history()[1][:, :, 3]).all()
     assert np.isfinite(loaded.entropy_history()[1][:, :, :3]).all()
+    thresholds = np.array(loaded.history["thresholds"].tolist())
+    assert np.isfinite(thresholds[:, :, :3]).all()
+    assert np.isnan(thresholds[:, :, 3]).all()
     states = diagnose(loaded.entropy, 16)
     assert sum(states.values()).tolist() == [3, 3, 3]
     assert entropy_bands(loaded.entropy).sum() == pytest.approx(1)
     assert compare([loaded])["runs"].item() == 1
+    assert Variant(**loaded.variant_config) == PRIVATE_VARIANTS[VARIANT]
 
 
 def test_penalties_of_micro_batches_are_those_of_the_whole(corpus):
@@ -66,6 +75,14 @@ def test_interrupted_and_resumed_is_one_run(corpus, tmp_path, compiled):
         train(corpus, VARIANT, recipe, model_config=SIZES, run_dir=tmp_path / "half", callbacks=[Stop()])
     again = train(corpus, VARIANT, recipe, model_config=SIZES, run_dir=tmp_path / "half")
     assert again.eval_loss == pytest.approx(whole.eval_loss, rel=1e-6)
+
+
+def test_a_run_has_the_folder_that_it_had_before_the_variant_had_more_fields():
+    identity = {"variant": asdict(VARIANTS["SM+LN+R"]), "recipe": asdict(RECIPE)}
+    before = {**identity, "variant": {k: v for k, v in identity["variant"].items() if k in FIRST_FIELDS}}
+    assert len(before["variant"]) == len(FIRST_FIELDS) < len(identity["variant"])
+    assert digest(identity) == digest(before)
+    assert digest(identity) != digest({**identity, "variant": {**identity["variant"], "value_residual": True}})
 
 
 def test_the_schedule():

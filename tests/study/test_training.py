@@ -661,15 +661,17 @@ def test_every_field_of_a_recipe_can_go_on_record(entry):
     assert all(recipe == replace(recipe) for recipe in RECIPES.values())
 
 
-def test_a_run_without_one_finite_step_goes_on_record_too(corpus, tmp_path):
+@pytest.mark.parametrize("variant", [EREG, "SM(1)+LN(a)+R+V"])
+def test_a_run_without_one_finite_step_goes_on_record_too(corpus, tmp_path, variant):
     class Poison(TrainerCallback):
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             model.transformer.wte.weight.data.fill_(float("nan"))
 
     recipe = replace(RECIPE, max_skipped_in_a_row=2)
-    saved = train(corpus, recipe=recipe, callbacks=[Poison()], output_dir=tmp_path)
+    saved = train(corpus, variant, recipe, callbacks=[Poison()], output_dir=tmp_path)
     (record,) = load_runs(tmp_path)
     assert (record.status, record.steps, record.eval_loss) == ("collapsed", 2, None)
+    assert record.entropy == [[0.0, 0.0 if variant == EREG else None]] * 2  # the second head is static
     assert len(record.history) == len(saved.history) == 0
     assert record.summary() == saved.summary()
 
