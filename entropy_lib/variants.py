@@ -102,6 +102,7 @@ PRIVATE_VARIANTS: dict[str, Variant] = {
         Variant("SM(0,0,1)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0, 0, 1)),
         Variant("SM(0,0,1)+LN(a)+R(2d)+V", **_PRIVATE, dynamic_heads=(0, 0, 1), ffn_multiple=2),
         Variant("R2(0,0,1)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0, 0, 1), attention="relu2"),
+        Variant("R2(0,0,1)+LN(a)+R(2d)+V", **_PRIVATE, dynamic_heads=(0, 0, 1), attention="relu2", ffn_multiple=2),
         Variant("SM(0)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0,)),
         Variant("EReg(SM(3)+LN(a)+R+V)", **_PRIVATE, dynamic_heads=(3,), entropy_regularization=True),
     )

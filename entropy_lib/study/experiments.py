@@ -24,7 +24,7 @@ from entropy_lib.study.identity import scaled_before_the_field
 from entropy_lib.study.parallel import Run, exit_status, recorded, run_all, visible_gpus
 from entropy_lib.study.recipes import get_recipe
 from entropy_lib.study.runs import compare
-from entropy_lib.variants import NORM_PLACEMENTS, VARIANTS
+from entropy_lib.variants import NORM_PLACEMENTS, PRIVATE_VARIANTS, VARIANTS
 
 # A step is 65,536 tokens. Runs of minutes keep checkpoints only when interrupted: each takes 1.2 GB and seconds.
 FULL = {"steps": 3052, "warmup_ratio": 0.10, "eval_every": 500, "checkpoint_every": 0}  # 200M tokens
@@ -43,6 +43,7 @@ class Experiment:
 
 # How the records below started. The experiments `initialization` say what GPT-2's start changes.
 _START = {name: {"scaled_residual_init": scaled_before_the_field(asdict(v))} for name, v in VARIANTS.items()}
+_START |= {name: {} for name in PRIVATE_VARIANTS}
 
 
 def _runs(folder: str, variants: Iterable[str], changes: dict, seeds: Iterable[int] = (0,), **run) -> tuple[Run, ...]:
@@ -74,6 +75,7 @@ _FROM_ONE = {"data_seed": 0, "warmup_from_zero": False}
 _SCALED = {"scaled_residual_init": True}
 _LOWER_RATES = {f"{rate}": {"learning_rate": rate} for rate in (6e-4, 3e-4)}
 _BASELINE = _runs("table3", ["SM+LN+G"], FULL, seeds=(0, 1, 2))
+_GOALS = ("SM(3)+LN(a)+R+V", "SM(1)+LN(a)+R+V", "R2(0,0,1)+LN(a)+R(2d)+V")
 _T256 = {"context_length": 256, "sequences_per_step": 256, "micro_batch": 256}
 # English has 4.4M training tokens, so few steps: 20M tokens are four and a half passes. λ is 5 times CodeParrot's, as
 # in the paper, on a mean as there, since the batch that the paper sums over is not printed.
@@ -187,6 +189,19 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
         ),
         (
+            "private",
+            "beyond the paper, 66M tokens, one seed each (the baselines are those of `initialization`)",
+            _runs("private/66M", PRIVATE_VARIANTS, SHORT),
+        ),
+        (
+            "private_200M",
+            "beyond the paper: three softmax heads a layer, one, and no exponential at all; 200M tokens, three seeds",
+            (
+                *_runs("private/200M", _GOALS, FULL, seeds=(0, 1, 2)),
+                *_runs("private/200M", ["SM+LN+G"], FULL | _SCALED, seeds=(3,)),  # its first three lack the recall
+            ),
+        ),
+        (
             "noise",
             "how far single runs of 66M tokens spread: by initialisation, by order, with a warm-up that starts at 1/W",
             (
@@ -260,7 +275,7 @@ def expand(options: argparse.Namespace) -> dict[str, list[Run]]:
     planned = [run for name in options.experiments for run in EXPERIMENTS.get(name, Experiment("", "", ())).runs]
     for kind, known, names in (
         ("experiment", list(EXPERIMENTS), options.experiments),
-        ("variant of these experiments", [v for v in VARIANTS if any(v == r.variant for r in planned)], options.only),
+        ("variant of these experiments", [v for v in _START if any(v == r.variant for r in planned)], options.only),
         ("seed of these experiments", sorted({run.seed for run in planned}), options.seeds),
     ):
         if unknown := [name for name in names or () if name not in known]:
@@ -270,7 +285,7 @@ def expand(options: argparse.Namespace) -> dict[str, list[Run]]:
     runs: dict[str, list[tuple[Run, Run]]] = {}
     for name in options.experiments:
         for run in EXPERIMENTS[name].runs:
-            if run.variant in (options.only or VARIANTS) and run.seed in (options.seeds or (run.seed,)):
+            if run.variant in (options.only or _START) and run.seed in (options.seeds or (run.seed,)):
                 changed = replace(run, changes=run.changes | recipe_changes(options), **overrides)
                 runs.setdefault("/".join((name, *run.folder.parts[1:])), []).append((run, changed))
     if not runs:

@@ -167,8 +167,9 @@ class EntropyTrainer(RandomStateKept):
             self.model.train()
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """Weight decay for matrices only: not for biases, gains, α, β, thresholds or temperatures."""
-        return [n for n, p in model.named_parameters() if p.dim() >= 2 and not n.endswith("log_temperature")]
+        """Weight decay for matrices only: not for biases, gains, α, β, thresholds, temperatures or filters."""
+        named = model.named_parameters()
+        return [n for n, p in named if p.dim() >= 2 and not n.endswith(("log_temperature", "static.filter"))]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The Trainer's linear schedule, or the same one step ahead while it rises (see `Recipe.warmup_from_zero`)."""

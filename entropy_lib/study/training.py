@@ -23,7 +23,8 @@ from datasets import DatasetDict
 from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
-from entropy_lib.modeling import build_model
+from entropy_lib.modeling import EntropyGPT2LMHeadModel, build_model
+from entropy_lib.study.abilities import SEQUENCES, logit_range, loss_by_position, recall
 from entropy_lib.study.cache import cache_folder
 from entropy_lib.study.corpus import load_corpus
 from entropy_lib.study.global_state import OwnDraws, one_training_at_a_time
@@ -210,12 +211,14 @@ def _train(
     tokens_per_second = steady_tokens_per_second(history)
     if math.isnan(tokens_per_second):  # too short to tell
         tokens_per_second = tokens / seconds
+    status = "collapsed" if trainer.collapsed or not math.isfinite(eval_loss) else "finished"
     return RunRecord(
         **known,
+        **(_abilities(model, trainer, recipe) if status == "finished" else {}),
         tokens=tokens,
         eval_loss=eval_loss if math.isfinite(eval_loss) else None,
         eval_perplexity=math.exp(eval_loss) if eval_loss < 700 else None,
-        status="collapsed" if trainer.collapsed or not math.isfinite(eval_loss) else "finished",
+        status=status,
         minutes=seconds / 60,
         device=device_name(arguments.device),
         steps=trainer.state.global_step,
@@ -229,6 +232,18 @@ def _train(
         history=history,
         model=model.eval(),
     )
+
+
+def _abilities(model: EntropyGPT2LMHeadModel, trainer: EntropyTrainer, recipe: Recipe) -> dict:
+    """Fields of the record about the final weights, in the precision of training, on the blocks of the evaluation."""
+    blocks = torch.from_numpy(trainer.eval_dataset.ids.astype("int64"))
+    model.eval()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        return {
+            "recall": recall(model) if recipe.context_length > 3 else None,
+            "loss_by_position": loss_by_position(model, blocks),
+            "logit_range": logit_range(model, blocks[:SEQUENCES]),
+        }
 
 
 def _load(corpus: str | Path | Corpus, context_length: int) -> Corpus:
