@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from entropy_lib import build_model, fold_for_inference, record_entropy
 from entropy_lib.annealed_layer_norm import AnnealedLayerNorm
-from entropy_lib.private_inference.architecture import Architecture
+from entropy_lib.private_inference.architecture import Architecture, operations
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.static_heads import StaticHeads
 from entropy_lib.variants import PRIVATE_VARIANTS, VARIANTS, get_variant
@@ -322,6 +323,17 @@ def test_inputs_longer_than_the_filter_are_refused(tiny_model):
         tiny_model("SM(0)+LN(a)+R+V")(tokens(1, 25))
 
 
-def test_prices_do_not_know_them_yet(private_model):
-    with pytest.raises(ValueError, match="not supported"):
-        Architecture.of(private_model.config)
+def test_prices_count_the_operations_that_are_left(private_model):
+    config, found = private_model.config, Counter()
+    for operation in operations(Architecture.of(config), 8):
+        found[operation.name] += operation.shape[0] if len(operation.shape) == 3 and operation.name != "linear" else 1
+    heads = [config.heads_of_layer(layer) for layer in range(3)]
+    attention = {"softmax": "softmax", "relu2": "relu2_attention"}[config.attention]
+    assert found[attention] == found["scores"] == found["mix"] == sum(heads)
+    assert found["static"] == 12 - sum(heads)
+    assert found["layernorm"] == (1 if config.annealed_layer_norm else 7)
+    assert found["relu"] + found["gelu"] == 3
+    assert found["linear"] == 4 * 3 + 1
+    assert found["multiply"] == 0
+    if "(2d)" in config.variant:
+        assert all(o.shape == (8, 64) for o in operations(Architecture.of(config), 8) if o.name == "relu")

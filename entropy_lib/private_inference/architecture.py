@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,8 +11,9 @@ PARTS = (
     "embedding", "attention linear", "softmax", "LayerNorm", "activation", "FFN linear", "vocabulary projection",
 )  # fmt: skip
 ACTIVATIONS = ("gelu", "relu", "linear", "relu2", "square", "bilinear")
-ATTENTIONS = ("softmax", "relu_attention", "square_attention")
+ATTENTIONS = ("softmax", "relu_attention", "relu2_attention", "square_attention")
 _NAMES = {"gelu_new": "gelu", "gelu": "gelu", "relu": "relu", "linear": "linear", "relu2": "relu2"}  # transformers'
+_ATTENTIONS = {"softmax": "softmax", "relu2": "relu2_attention"}  # `Variant`'s
 MODEL_TYPES = ("entropy_gpt2", "gpt2", "opt")  # whose operations are these: Pre-LN, learned positions, a plain FFN
 
 
@@ -31,11 +33,16 @@ class Architecture:
 
     Attributes:
         layers, heads, width, vocabulary: L, H, d, V.
-        layer_norm: Pre-LN, and the final one.
+        layer_norm: Pre-LN, two a layer. An annealed LayerNorm is none: it is in the matrices.
+        final_layer_norm: before the vocabulary; None: as `layer_norm`.
+        ffn_width: None is 4·d.
         activation: of the FFN, d→4d→d: one of ACTIVATIONS. "relu2" is max(x, 0)², "square" x², "bilinear" the product
             of two d→4d maps, (X·W₁ ⊙ X·W₂)·W₃.
-        attention: one of ATTENTIONS; "relu_attention" and "square_attention" divide max(z, 0) and z² by the number of
-            visible keys.
+        attention: one of ATTENTIONS; "relu_attention", "relu2_attention" and "square_attention" divide max(z, 0), its
+            square and z² by the number of visible keys.
+        dynamic_heads: how many heads of a layer have it, a pattern that repeats over the layers as in `Variant`; the
+            others are static, matrices of the server's. None: all.
+        value_residual: values of layer 0 are added, scaled in the weights already; it costs nothing.
         fused: one d×d matrix for the FFN.   scaled: Eq. 8's α and β.   tempered: SM(t).
         positions: the longest input; None: any. It costs nothing.
     """
@@ -50,13 +57,26 @@ class Architecture:
     fused: bool = False
     scaled: bool = False
     tempered: bool = False
+    final_layer_norm: bool | None = None
+    ffn_width: int | None = None
+    dynamic_heads: tuple[int, ...] | None = None
+    value_residual: bool = False
     positions: int | None = field(default=None, compare=False)
 
     def __post_init__(self):
-        for name in ("layers", "heads", "width", "vocabulary", "positions"):
+        if self.final_layer_norm is None:
+            object.__setattr__(self, "final_layer_norm", self.layer_norm)
+        if self.ffn_width is None:
+            object.__setattr__(self, "ffn_width", 4 * whole_number("width", self.width))
+        for name in ("layers", "heads", "width", "ffn_width", "vocabulary", "positions"):
             if (value := getattr(self, name)) is not None or name != "positions":
                 object.__setattr__(self, name, whole_number(name, value))
-        for name in ("layers", "heads", "width"):
+        if self.dynamic_heads is not None:
+            pattern = tuple(whole_number("dynamic_heads", heads) for heads in self.dynamic_heads)
+            if not pattern or not all(0 <= heads <= self.heads for heads in pattern):
+                raise ValueError(f"dynamic_heads must be numbers from 0 to heads = {self.heads}, got {pattern}")
+            object.__setattr__(self, "dynamic_heads", pattern)
+        for name in ("layers", "heads", "width", "ffn_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.vocabulary < 0:  # 0: blocks only
@@ -69,6 +89,10 @@ class Architecture:
             raise ValueError(f"attention must be one of {ATTENTIONS}, got {self.attention!r}")
         if self.fused and self.activation != "linear":
             raise ValueError(f"a fused FFN has no activation in between, got {self.activation!r}")
+
+    def heads_of_layer(self, layer: int) -> int:
+        """How many heads of a layer weigh keys by queries; the rest are static."""
+        return self.heads if self.dynamic_heads is None else self.dynamic_heads[layer % len(self.dynamic_heads)]
 
     def checked_length(self, context_length) -> int:
         """T as an int; ValueError if it is none, or not positive, or more than the positions."""
@@ -83,9 +107,11 @@ class Architecture:
     def of(cls, config) -> Architecture:
         """The architecture of the configuration of a model of one of MODEL_TYPES.
 
-        Raises ValueError for what neither the prices nor the two-party run know: other model types, another FFN width
-        than 4d, cross-attention, fewer key-value heads, an activation without a price, ... An `Architecture` made by
-        hand can stand for a model whose operations are known to be the same.
+        Annealed LayerNorms count as the constants that they are after training.
+
+        Raises ValueError for what neither the prices nor the two-party run know: other model types, cross-attention,
+        fewer key-value heads, an activation without a price, ... An `Architecture` made by hand can stand for a model
+        whose operations are known to be the same.
         """
 
         def get(*names, default=None):
@@ -104,8 +130,8 @@ class Architecture:
             raise ValueError(f"activation {activation!r} is not supported; choose from {', '.join(_NAMES)}")
         width, heads = get("hidden_size"), get("num_attention_heads")
         inner = None if fused else get("n_inner", "ffn_dim")
+        layer_norm = get("layer_norm", default=True)
         odd = {
-            "FFN width": (4 * width if inner is None else inner, 4 * width),
             "key-value heads": (get("num_key_value_heads", default=heads), heads),
             "cross-attention": (bool(get("add_cross_attention", default=False)), False),
             "attention scaled by layer": (bool(get("scale_attn_by_inverse_layer_idx", default=False)), False),
@@ -115,18 +141,16 @@ class Architecture:
             "a final LayerNorm": (not get("_remove_final_layer_norm", default=False), True),
             "LayerNorm with parameters": (get("layer_norm_elementwise_affine", default=True), True),
             "embedding width": (get("word_embed_proj_dim", default=width), width),
-            "heads with a softmax by layer": (get("dynamic_heads"), None),
-            "attention": (get("attention", default="softmax"), "softmax"),
-            "annealed LayerNorm": (get("annealed_layer_norm", default=False), False),
-            "a LayerNorm before the vocabulary": (get("final_layer_norm", default=True), True),
-            "value residuals": (get("value_residual", default=False), False),
         }
         for name, (seen, wanted) in odd.items():
             if seen != wanted:
                 raise ValueError(f"not supported: {name} {seen}; it must be {wanted}")
         return cls(
             layers=get("num_hidden_layers"), heads=heads, width=width, vocabulary=get("vocab_size"),
-            layer_norm=get("layer_norm", default=True), activation=_NAMES[activation], fused=fused,
+            layer_norm=layer_norm and not get("annealed_layer_norm", default=False),
+            final_layer_norm=layer_norm and get("final_layer_norm", default=True), ffn_width=inner,
+            activation=_NAMES[activation], attention=_ATTENTIONS[get("attention", default="softmax")], fused=fused,
+            dynamic_heads=get("dynamic_heads"), value_residual=get("value_residual", default=False),
             scaled=get("ffn_scaling", default=False), tempered=get("learnable_temperature", default=False),
             positions=get("max_position_embeddings"),
         )  # fmt: skip
@@ -154,24 +178,30 @@ class Operation:
             heads, length, size = self.shape
             square, thin = heads * length * length, heads * length * size
             return {"in": 2 * thin, "out": square} if self.name == "scores" else {"in": square + thin, "out": thin}
-        elements = 1
-        for size in self.shape:
-            elements *= size
+        if self.name == "static":  # heads, T, d/heads
+            return {"out": math.prod(self.shape)}
+        elements = math.prod(self.shape)
         return {"element": elements, "row": elements // self.shape[-1]}
 
 
-def operations(architecture: Architecture, context_length: int) -> Iterator[Operation]:
+def operations(architecture: Architecture, context_length: int, logits_to_keep: int = 0) -> Iterator[Operation]:
     """The operations of one forward pass over T = context_length tokens, in order; copies and additions are free.
+
+    `logits_to_keep` as in transformers: logits of the last so many tokens, 0 for all. A token that is generated needs
+    one; after the layers, the rest of the pass is then of one row.
 
     FLOPs as in Tables 3, 4, 7 and 8, for which a multiplication and an addition are two: 16·T·d² (or 2·T·d² fused,
     plus T·d for β) and 8·T·d² + 3·T²·d, where QKᵀ is counted in full and AV for the visible half.
 
     Raises ValueError for a T that is no positive integer or is more than the architecture's positions.
     """
-    return _operations(architecture, architecture.checked_length(context_length))
+    length, kept = architecture.checked_length(context_length), whole_number("logits_to_keep", logits_to_keep)
+    if not 0 <= kept <= length:
+        raise ValueError(f"logits_to_keep must be from 0 to {length}, got {kept}")
+    return _operations(architecture, length, kept or length)
 
 
-def _operations(architecture: Architecture, context_length: int) -> Iterator[Operation]:
+def _operations(architecture: Architecture, context_length: int, kept: int) -> Iterator[Operation]:
     a, t, d = architecture, context_length, architecture.width
     size = d // a.heads
     if a.vocabulary:
@@ -183,24 +213,29 @@ def _operations(architecture: Architecture, context_length: int) -> Iterator[Ope
 
         if a.layer_norm:
             yield Operation("LayerNorm", "layernorm", (t, d), layer)
-        yield linear("attention linear", d, 3 * d)
-        if a.tempered:
-            yield Operation("attention linear", "multiply", (a.heads, t, size), layer)
-        yield Operation("attention linear", "scores", (a.heads, t, size), layer, 2 * t * t * d)
-        yield Operation("softmax", a.attention, (a.heads, t, t), layer)
-        yield Operation("attention linear", "mix", (a.heads, t, size), layer, t * t * d)
+        dynamic = a.heads_of_layer(layer)
+        static, width = a.heads - dynamic, dynamic * size
+        yield linear("attention linear", d, 2 * width + d)
+        if a.tempered and dynamic:
+            yield Operation("attention linear", "multiply", (dynamic, t, size), layer)
+        if dynamic:
+            yield Operation("attention linear", "scores", (dynamic, t, size), layer, 2 * t * t * width)
+            yield Operation("softmax", a.attention, (dynamic, t, t), layer)
+            yield Operation("attention linear", "mix", (dynamic, t, size), layer, t * t * width)
+        if static:
+            yield Operation("attention linear", "static", (static, t, size), layer, t * t * static * size)
         yield linear("attention linear", d, d)
         if a.layer_norm:
             yield Operation("LayerNorm", "layernorm", (t, d), layer)
         scaling = t * d if a.scaled else 0
         if not a.fused:
-            yield linear("FFN linear", d, 8 * d if a.activation == "bilinear" else 4 * d)
+            yield linear("FFN linear", d, 2 * a.ffn_width if a.activation == "bilinear" else a.ffn_width)
             if a.activation != "linear":
-                yield Operation("activation", a.activation, (t, 4 * d), layer)
-        yield linear("FFN linear", d if a.fused else 4 * d, d, scaling)
+                yield Operation("activation", a.activation, (t, a.ffn_width), layer)
+        yield linear("FFN linear", d if a.fused else a.ffn_width, d, scaling)
         if a.scaled and a.layer_norm:  # without LayerNorm β goes into the weights
             yield Operation("FFN linear", "multiply", (t, d), layer)
     if a.vocabulary:
-        if a.layer_norm:
-            yield Operation("LayerNorm", "layernorm", (t, d))
-        yield Operation("vocabulary projection", "linear", (t, d, a.vocabulary))
+        if a.final_layer_norm:
+            yield Operation("LayerNorm", "layernorm", (kept, d))
+        yield Operation("vocabulary projection", "linear", (kept, d, a.vocabulary))

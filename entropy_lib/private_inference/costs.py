@@ -74,7 +74,7 @@ class InferenceCost:
         flops_ffn, flops_attention: plain floating-point operations, as Tables 3, 4, 7 and 8 count them.
         communication_gb: 10^9 bytes, both ways.   latency_min: minutes.
         bytes, minutes: by part; they add up to the two above.
-        per_layer_gb: communication of one layer, embedding and vocabulary left out.
+        per_layer_gb: communication of one layer, the mean of all; embedding and vocabulary left out.
     """
 
     architecture: Architecture
@@ -116,7 +116,7 @@ class InferenceCost:
 
 
 def inference_cost(
-    config, context_length: int, prices: str = "paper", network: Network | str | None = None
+    config, context_length: int, prices: str = "paper", network: Network | str | None = None, logits_to_keep: int = 0
 ) -> InferenceCost:
     """What one private forward pass over `context_length` tokens costs, operation by operation.
 
@@ -127,6 +127,7 @@ def inference_cost(
             "spu-0.9.2b0-cheetah", the engine of the paper's time, measured here.
         network: a `Network` or a name in `NETWORKS`, which adds bytes / bandwidth + rounds × latency to the measured
             computation. None adds nothing; the paper's minutes include its network and cannot be moved to another.
+        logits_to_keep: of the last so many tokens, 0 for all: 1 where a token is generated.
 
     Raises ValueError for an unknown book or network, a model or a length that has no price, and an operation that the
     book has no price for; FileNotFoundError without the books.
@@ -148,14 +149,14 @@ def inference_cost(
     flops = dict.fromkeys(PARTS, 0)
     nonlinear: dict[str, list[int]] = {}
     per_layer = 0.0
-    for operation in operations(architecture, context_length):
+    for operation in operations(architecture, context_length, logits_to_keep):
         communicated = book.price(operation, book.bytes)
         sent[operation.part] += communicated
         seconds[operation.part] += book.price(operation, book.seconds)
         if network:
             seconds[operation.part] += network.seconds(communicated, book.rounds[operation.name])
         flops[operation.part] += operation.flops
-        per_layer += communicated if operation.layer == 0 else 0
+        per_layer += communicated if operation.layer is not None else 0
         if operation.part in ("softmax", "LayerNorm", "activation") and operation.layer is not None:
             heads = operation.shape[0] if operation.part == "softmax" else 1  # Table 3 counts every head
             entry = nonlinear.setdefault(operation.name, [0, *operation.shape[-2:]])
@@ -164,5 +165,5 @@ def inference_cost(
     return InferenceCost(
         architecture, context_length, book.name, label,
         nonlinear, flops["FFN linear"], flops["attention linear"], sent,
-        {part: value / 60 for part, value in seconds.items()}, per_layer / 1e9,
+        {part: value / 60 for part, value in seconds.items()}, per_layer / architecture.layers / 1e9,
     )  # fmt: skip

@@ -104,6 +104,29 @@ def fit_paper(proportions: dict) -> dict:
     return book
 
 
+def fit_quartic(x: np.ndarray, wanted: np.ndarray, power: int = 1, scale=1.0) -> tuple[list[float], float]:
+    """(q, h, k, m, c) such that (q·((x + h)² + k)² + m·x + c)^power is nearest to `wanted`, and its error.
+
+    Of all polynomials of degree 4 it has the smallest largest |error|·scale on the points x: Lawson's method, least
+    squares whose weights grow where the error is large.
+    """
+    root, weight, best, found = wanted ** (1 / power), np.ones_like(x), math.inf, None
+    values = root
+    for _ in range(500):
+        slope = sum(values**j * root ** (power - 1 - j) for j in range(power)) * scale  # error of the power by its root
+        polynomial = np.polynomial.Polynomial.fit(x, root, 4, w=np.sqrt(weight) * np.abs(slope))
+        values = polynomial(x)
+        error = np.abs(values**power - wanted) * scale
+        if error.max() < best:
+            best, found = error.max(), polynomial
+        weight = weight * (error / error.max() + 0.01)
+        weight /= weight.mean()
+    c0, c1, c2, c3, q = found.convert().coef
+    h = c3 / (4 * q)
+    k = c2 / (2 * q) - 3 * h * h
+    return [float(v) for v in (q, h, k, c1 - 4 * q * h * (h * h + k), c0 - q * (h * h + k) ** 2)], float(best)
+
+
 def _group(operation: Operation) -> str:
     key = operation.part if operation.part == "vocabulary projection" else operation.name
     return next(group for group, names in GROUPS.items() if key in names)

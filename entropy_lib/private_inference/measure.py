@@ -3,6 +3,8 @@
 Every measurement is written as soon as it is done, and one that is on record is not repeated: Ctrl-C, then the same
 command, goes on. Bytes and rounds are exact or nearly so on any machine; seconds are those of both parties on this
 one, so the processor seconds of the busier party and the machine's load are recorded beside them.
+
+A method (see `methods`) has a record of its own, of the operations that it computes in another way, and of blocks.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -21,13 +23,19 @@ from pathlib import Path
 import numpy as np
 
 from entropy_lib.private_inference.architecture import Architecture, Operation, operations
+from entropy_lib.private_inference.methods import METHODS, apply_method
 from entropy_lib.private_inference.parties import ENGINE, ROOT, SETTINGS, run_plan
 from entropy_lib.private_inference.two_party import forward_plan
 from entropy_lib.variants import VARIANTS
 
-OUTPUT = ROOT / "data" / "private_inference" / f"measured-spu-{ENGINE}-cheetah.json"
 VOCABULARY = 4096  # of the embedding; prices are per element, and the engine takes over 20 GB of memory for 50,257
 DELAY = 0.05  # seconds one way, injected to count rounds
+
+
+def record_path(method: str) -> Path:
+    prefix = "" if method == "as given" else method.replace(" ", "-") + "-"
+    return ROOT / "data" / "private_inference" / f"measured-{prefix}spu-{ENGINE}-cheetah.json"
+
 
 _PAPER = ("SM+ScFuFFN", "SM+LN+R", "SM+LN+G", "SM+R", "SM+LN", "SM+ScFFN", "SM+G", "SM(t)+ScFuFFN")
 _BEYOND = {
@@ -109,8 +117,9 @@ def random_values(plan: dict) -> dict[str, np.ndarray]:
     return values
 
 
-def tasks(context_length: int) -> Iterator[tuple[str, str, dict, float]]:
+def tasks(context_length: int, method: str = "as given") -> Iterator[tuple[str, str, dict, float]]:
     """(section, name, plan, delay): operations at the paper's shapes; for T = 128 also blocks, and rounds in small."""
+    changed = METHODS[method].functions
     kinds = [Architecture(vocabulary=VOCABULARY), *block_architectures().values()]
     wanted = {(o.name, o.shape): o for a in kinds for o in operations(a, context_length)}
     wanted = {key: o for key, o in wanted.items() if o.part != "vocabulary projection"}  # linear like the others
@@ -121,6 +130,8 @@ def tasks(context_length: int) -> Iterator[tuple[str, str, dict, float]]:
             Operation("embedding", "embed", (128, 1024, 768)),
         ):
             wanted[extra.name, extra.shape] = extra
+    if method != "as given":
+        wanted = {key: o for key, o in wanted.items() if o.name in changed}
     for operation in sorted(wanted.values(), key=lambda o: (o.name in ("linear", "embed"), math.prod(o.shape))):
         yield "operations", label(operation), operation_plan(operation), 0.0
     if context_length == 128:  # a block costs what its operations cost: those at one length show that
@@ -128,13 +139,16 @@ def tasks(context_length: int) -> Iterator[tuple[str, str, dict, float]]:
             plan = forward_plan(architecture, weight_shapes(architecture, context_length), context_length)
             yield "blocks", f"{name}, T={context_length}", {**plan, "outputs": []}, 0.0
         for delay in (0.0, DELAY):
-            yield "rounds", f"{delay:g} s one way", rounds_plan(kinds), delay
+            yield "rounds", f"{delay:g} s one way", rounds_plan(kinds, changed), delay
 
 
-def rounds_plan(kinds: list[Architecture]) -> dict:
-    """Every operation once, on a small shape: rounds do not grow with the size, but for the maximum over T keys."""
+def rounds_plan(kinds: list[Architecture], only: Container[str] = ()) -> dict:
+    """Every operation (or `only` some) once, on a small shape: rounds do not grow with the size, but for the maximum
+    over T keys."""
     total = {"inputs": {}, "steps": [], "outputs": []}
     for name, operation in {o.name: o for a in kinds for o in operations(a, 128)}.items():
+        if only and name not in only:
+            continue
         shape = (1, *operation.shape[1:]) if len(operation.shape) == 3 else (16, 64)
         plan = operation_plan(Operation(operation.part, name, (16, 64, 64) if name in ("linear", "embed") else shape))
         total["inputs"] |= {f"{name} {source}": spec for source, spec in plan["inputs"].items()}
@@ -151,43 +165,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m entropy_lib.private_inference.measure", description=__doc__)
     parser.add_argument("--context-length", type=int, nargs="+", default=[128, 256], metavar="T")
     parser.add_argument("--only", default="", help="measurements whose section and name contain this")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--methods", nargs="+", default=["as given"], choices=METHODS)
+    parser.add_argument("--output", type=Path, help="the record; by default each method has its own in data/")
     parser.add_argument("--timeout", type=float, default=3600.0, help="seconds a measurement may take")
     options = parser.parse_args(arguments)
-    record = {"operations": {}, "rounds": {}, "blocks": {}}
+    if options.output and len(options.methods) > 1:
+        parser.error("--output holds the record of one method")
     try:
-        if options.output.exists():
-            record |= read_record(options.output)
-        record |= {
-            "engine": f"spu {ENGINE}, CHEETAH", "settings": SETTINGS,
-            "command": "python -m entropy_lib.private_inference.measure",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
-            "date": str(date.today()),
-        }  # fmt: skip
-        todo = [t for length in options.context_length for t in tasks(length) if options.only in " ".join(t[:2])]
-        todo = [task for task in todo if task[1] not in record[task[0]]]
-        for number, (section, name, plan, delay) in enumerate(todo, 1):
-            load, where = os.getloadavg()[0], f"[{number}/{len(todo)}] {name}"
-
-            def progress(done, total, where=where):
-                print(f"{where}: step {done} of {total}", file=sys.stderr, flush=True)
-
-            _, steps = run_plan(
-                plan, random_values(plan), "CHEETAH", timeout=options.timeout, delay=delay,
-                progress=progress if len(plan["steps"]) > 1 else None,
-            )  # fmt: skip
-            sums = {key: sum(step[key] for step in steps) for key in ("bytes", "seconds", "cpu_seconds", "messages")}
-            sums = {key: round(value, 3) for key, value in sums.items()} | {"load_before": round(load, 2)}
-            if section == "operations":
-                step = plan["steps"][0]
-                shape = [int(size) for size in name.split(" ")[1].split("×")]
-                sums = {"part": step["part"], "operation": step["operation"], "shape": shape, **sums}
-            else:
-                sums["steps"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in steps]
-                sums["delay"] = delay
-            record[section][name] = sums
-            write(options.output, record)
-            print(f"{where}: {sums['bytes'] / 1e6:.2f} MB, {sums['seconds']:.1f} s", flush=True)
+        for method in options.methods:
+            measure_method(method, options.output or record_path(method), options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
@@ -195,6 +181,45 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def measure_method(method: str, output: Path, options: argparse.Namespace) -> None:
+    record = {"operations": {}, "rounds": {}, "blocks": {}}
+    if output.exists():
+        record |= read_record(output)
+    record |= {
+        "engine": f"spu {ENGINE}, CHEETAH", "method": method, "settings": {**SETTINGS, **METHODS[method].engine},
+        "command": "python -m entropy_lib.private_inference.measure",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared with other work",
+        "date": str(date.today()),
+    }  # fmt: skip
+    if method != "as given":
+        record["command"] += f' --methods "{method}"'
+    todo = [t for length in options.context_length for t in tasks(length, method) if options.only in " ".join(t[:2])]
+    todo = [task for task in todo if task[1] not in record[task[0]]]
+    for number, (section, name, plan, delay) in enumerate(todo, 1):
+        load, where = os.getloadavg()[0], f"[{number}/{len(todo)}] {name}"
+        plan, values = apply_method(plan, random_values(plan), method)
+
+        def progress(done, total, where=where):
+            print(f"{where}: step {done} of {total}", file=sys.stderr, flush=True)
+
+        _, steps = run_plan(
+            plan, values, "CHEETAH", timeout=options.timeout, delay=delay,
+            progress=progress if len(plan["steps"]) > 1 else None,
+        )  # fmt: skip
+        sums = {key: sum(step[key] for step in steps) for key in ("bytes", "seconds", "cpu_seconds", "messages")}
+        sums = {key: round(value, 3) for key, value in sums.items()} | {"load_before": round(load, 2)}
+        if section == "operations":
+            step = plan["steps"][0]
+            shape = [int(size) for size in name.split(" ")[1].split("×")]
+            sums = {"part": step["part"], "operation": step["operation"], "shape": shape, **sums}
+        else:
+            sums["steps"] = [{k: round(v, 3) if isinstance(v, float) else v for k, v in s.items()} for s in steps]
+            sums["delay"] = delay
+        record[section][name] = sums
+        write(output, record)
+        print(f"{where}: {sums['bytes'] / 1e6:.2f} MB, {sums['seconds']:.1f} s", flush=True)
 
 
 def read_record(path: Path) -> dict:

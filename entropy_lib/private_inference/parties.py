@@ -123,7 +123,8 @@ def run_plan(
             owners = ("client", "server") if rank == "both" else (("client", "server")[rank],)
             np.savez(own / "inputs.npz", **{n: values[n] for n, s in plan["inputs"].items() if s["owner"] in owners})
             job = {"rank": rank, "addresses": reach, "timeout": timeout, "plan": plan}
-            (own / "job.json").write_text(json.dumps({**job, "engine": {**SETTINGS, "protocol": protocol}}))
+            engine = {**SETTINGS, **plan.get("engine", {}), "protocol": protocol}
+            (own / "job.json").write_text(json.dumps({**job, "engine": engine}))
         processes = [stack.enter_context(_Party(python, own)) for own in folders]
         _wait(processes, deadline, timeout, len(plan["steps"]), progress)
         steps = _steps(folders[0])

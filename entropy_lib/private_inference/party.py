@@ -4,7 +4,8 @@ The engine pins an old numpy and jax, so this file imports nothing of entropy_li
 `two_party` starts it, hands it a job as JSON and its own inputs as npz, and reads its steps and outputs back.
 
 A job is a plan, the public part of an inference: named inputs with shape and owner, and steps that call the functions
-of OPERATIONS on named values. Rank 0 is the client, rank 1 the server; "both" runs the two as threads (simulator).
+of OPERATIONS on named values: a step's "function" or, if it has none, its "operation". Rank 0 is the client, rank 1
+the server; "both" runs the two as threads (simulator).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from spu.utils import frontend
 SECRET = libspu.Visibility.VIS_SECRET
 LINK = re.compile(r"Link details: total send bytes (\d+), recv bytes (\d+), send actions (\d+), recv actions (\d+)")
 FLOOR = -14.0  # exp below it is cut to 0: 8e-7, a fifth of the last of 18 fractional bits
+FAST_FLOOR = -10.0  # of `packed_softmax`: 5e-5
 
 
 # ---- the forward pass, one function a step; [T, d] activations, [heads, T, ...] inside attention
@@ -44,10 +46,13 @@ def linear(x, weight, bias=None):
     return x @ weight if bias is None else x @ weight + bias
 
 
-def heads(qkv, count):
-    """[T, 3d] -> query, key, value, [count, T, d/count] each; moves data only."""
-    parts = jnp.split(qkv, 3, axis=-1)
-    return tuple(part.reshape(part.shape[0], count, -1).swapaxes(0, 1) for part in parts)
+def heads(qkv, count, dynamic):
+    """[T, 2·dynamic·size + d] -> query, key, [dynamic, T, size] each (none without dynamic heads), and value,
+    [count, T, size]; moves data only."""
+    size = qkv.shape[-1] // (2 * dynamic + count)
+    parts = jnp.split(qkv, [dynamic * size, 2 * dynamic * size], axis=-1)
+    parts = [part.reshape(part.shape[0], -1, size).swapaxes(0, 1) for part in parts]
+    return tuple(parts) if dynamic else parts[-1]
 
 
 def multiply(x, y):
@@ -59,8 +64,22 @@ def scores(query, key):
 
 
 def mix(attention, value):
-    mixed = attention @ value
+    """Of the first heads, as many as have attention; [T, heads·size]."""
+    mixed = attention @ value[: len(attention)]
     return mixed.swapaxes(0, 1).reshape(mixed.shape[1], -1)
+
+
+def static(value, filters):
+    """Static heads, which are the last: `mix` by matrices of the server's."""
+    return mix(filters, value[-len(filters) :])
+
+
+def last(x, count):
+    return x[-count:]
+
+
+def join(x, y):
+    return jnp.concatenate([x, y], axis=-1)
 
 
 def add(x, y):
@@ -89,6 +108,10 @@ def _over_visible(weights):
 
 def relu_attention(scores):
     return _over_visible(jnp.maximum(scores, 0.0))
+
+
+def relu2_attention(scores):
+    return _over_visible(relu2(scores))
 
 
 def square_attention(scores):
@@ -122,10 +145,150 @@ def _bilinear(x):
     return left * right
 
 
+# ---- the same for fewer bytes (see `methods`); they need the engine's fxp_exp_iters to be 1
+
+PAIR = 2 * 8192  # elements that two threads pack into a ciphertext each; what is left over is better sent apart
+
+
+def _in_pairs(operation, *values):
+    """`operation` elementwise: on whole pairs of ciphertexts, and on the rest."""
+    flat = [value.reshape(-1) for value in values]
+    whole = flat[0].size // PAIR * PAIR
+    parts = [operation(*(value[part] for value in flat)) for part in (slice(whole), slice(whole, None))]
+    return jnp.concatenate(parts).reshape(values[0].shape)
+
+
+def _product(x, y):
+    return _in_pairs(jnp.multiply, x, y)
+
+
+def fast_square(x):
+    """x² by the engine's own squaring, 109 bytes against 168 of x·x. With fxp_exp_iters = 1 its exp(z) is (1 + z/2)²,
+    and jax has no other way to ask for it. What fills less than half a ciphertext is cheaper as a product."""
+    return _in_pairs(lambda part: part * part if part.size < PAIR // 4 else jnp.exp(part + part - 2.0), x)
+
+
+def fast_relu2(x):
+    return fast_square(jnp.maximum(x, 0.0))
+
+
+def _quartic(x, numbers):
+    """Any polynomial of degree 4, in two squarings: q·((x + h)² + k)² + m·x + c."""
+    q, h, k, m, c = map(np.float32, numbers)
+    return q * fast_square(fast_square(x + h) + k) + m * x + c
+
+
+def segments(x, quartic, bound):
+    """GELU or SiLU: max(x, 0) less an even function of x, which is a polynomial of |x| up to `bound` and constant
+    beyond."""
+    kept = jnp.maximum(x, 0.0)
+    return kept - _quartic(jnp.minimum(kept + kept - x, np.float32(bound)), quartic)
+
+
+def _pack(square):
+    """[heads, T, T] -> [heads, T·(T + 1)/2], the visible half, row by row; moves data only."""
+    return square[(slice(None), *np.tril_indices(square.shape[-1]))]
+
+
+def _unpack(packed, length):
+    """The inverse of `_pack`, 0 where nothing is visible."""
+    place = np.full((length, length), packed.shape[-1])
+    place[np.tril_indices(length)] = np.arange(packed.shape[-1])
+    return jnp.pad(packed, ((0, 0), (0, 1)))[:, place]
+
+
+def _row_max(packed, length):
+    """[heads, T]: each row halved until one is left, comparing only what is there."""
+    lengths = np.arange(1, length + 1)
+    while lengths.max() > 1:
+        kept = (lengths + 1) // 2
+        row = np.repeat(np.arange(length), kept)
+        place = np.arange(len(row)) - (np.cumsum(kept) - kept)[row]
+        left = place + (np.cumsum(lengths) - lengths)[row]
+        paired = place + kept[row] < lengths[row]
+        first, second = left[paired], (left + kept[row])[paired]
+        found = jnp.concatenate([jnp.maximum(packed[:, first], packed[:, second]), packed[:, left[~paired]]], axis=1)
+        packed = found[:, np.argsort(np.argsort(~paired, kind="stable"), kind="stable")]
+        lengths = kept
+    return packed
+
+
+def _exponential(z, quartic, squarings):
+    """Polynomial(z / 2ⁿ)^(2ⁿ), n = squarings."""
+    power = _quartic(z * np.float32(0.5**squarings), quartic)
+    for _ in range(squarings):
+        power = fast_square(power)
+    return power
+
+
+def packed_softmax(scores, quartic, squarings):
+    """`softmax` on the visible half, for any scores above -4096 and a polynomial that is good from FAST_FLOOR to 0."""
+    length = scores.shape[-1]
+    row = np.tril_indices(length)[0]
+    packed = _pack(scores)
+    z = packed - _row_max(packed, length)[:, row]
+    weights = jnp.where(z > FAST_FLOOR, _exponential(z, quartic, squarings), np.float32(0.0))
+    inverse = np.float32(1.0) / _unpack(weights, length).sum(-1)
+    return _unpack(_product(weights, inverse[:, row]), length)
+
+
+def bounded_softmax(scores, quartic, squarings):
+    """The same without a comparison: the row's mean, which is public arithmetic, in place of its maximum. Only for
+    scores whose distance to that mean is within what the polynomial is good for. It may give any fixed multiple of the
+    exponential: a small one, so that neither large weights nor the reciprocals of their means lose their digits."""
+    length = scores.shape[-1]
+    row = np.tril_indices(length)[0]
+    share = (1 / np.arange(1, length + 1)).astype(np.float32)  # of each key in its row's mean
+    visible = np.tril(np.ones((length, length), dtype=bool))
+    mean = jnp.where(visible, scores, np.float32(0.0)).sum(-1) * share
+    weights = _exponential(_pack(scores) - mean[:, row], quartic, squarings)
+    inverse = np.float32(1.0) / (_unpack(weights, length).sum(-1) * share)
+    return _unpack(_product(weights, inverse[:, row]) * share[row], length)
+
+
+def _packed_over_visible(weights, length):
+    return _unpack(weights * (1 / (1 + np.tril_indices(length)[0])).astype(np.float32), length)
+
+
+def packed_relu_attention(scores):
+    return _packed_over_visible(jnp.maximum(_pack(scores), 0.0), scores.shape[-1])
+
+
+def packed_relu2_attention(scores):
+    return _packed_over_visible(fast_relu2(_pack(scores)), scores.shape[-1])
+
+
+def packed_square_attention(scores):
+    return _packed_over_visible(fast_square(_pack(scores)), scores.shape[-1])
+
+
+def scale_rows(x, scale):
+    """`multiply` by one number a row, as a product with a diagonal matrix: fewer bytes, more of the processor."""
+    return jnp.where(np.eye(x.shape[-2], dtype=bool), scale, np.float32(0.0)) @ x
+
+
+def normalize(x):
+    """`layernorm` whose gain and bias went into the next matrix. The squares are summed as the diagonal of c·cᵀ, 128
+    rows at a time, and must stay below 2²⁷: rows of 768 may have a standard deviation of 300.
+
+    1/d has few digits in fixed point, so the mean is taken twice, which costs nothing, and 1/d in two factors.
+    """
+    block, width = (128 if len(x) % 128 == 0 else len(x)), x.shape[-1]
+    power = 2 ** (width.bit_length() - 1)
+    for _ in range(2):
+        x = x - x.mean(-1, keepdims=True)
+    centred = x.reshape(-1, block, width)
+    diagonal = np.eye(block, dtype=np.float32) * np.float32(power / width)
+    squares = (centred @ centred.swapaxes(1, 2) * diagonal).sum(-1, keepdims=True) / power
+    return scale_rows(centred, jax.lax.rsqrt(squares + 1e-5)).reshape(x.shape)
+
+
 OPERATIONS = {
     f.__name__.lstrip("_"): f
-    for f in (embed, linear, heads, multiply, scores, mix, add, softmax, relu_attention, square_attention, layernorm,
-              gelu, relu, relu2, square, _bilinear)
+    for f in (embed, linear, heads, multiply, scores, mix, static, join, last, add, softmax, relu_attention,
+              relu2_attention, square_attention, layernorm,
+              gelu, relu, relu2, square, _bilinear, fast_square, fast_relu2, segments, packed_softmax, bounded_softmax,
+              packed_relu_attention, packed_relu2_attention, packed_square_attention, scale_rows, normalize)
 }  # fmt: skip
 
 
@@ -160,7 +323,7 @@ class Engine:
     def run(self, step: dict) -> dict:
         """Run one step; returns its bytes both ways, seconds, messages sent, and this process's CPU seconds."""
         shapes = [self.shapes[name] for name in step["inputs"]]
-        key = (step["operation"], json.dumps(step.get("constants", {})), *shapes)
+        key = (step.get("function", step["operation"]), json.dumps(step.get("constants", {})), *shapes)
         if key not in self.programs:
             self.programs[key] = self.compile(step, shapes)
         program, outputs = self.programs[key]
@@ -180,7 +343,7 @@ class Engine:
         return {"seconds": wall, "cpu_seconds": cpu, "bytes": sent + received, "messages": messages}
 
     def compile(self, step: dict, shapes: list):
-        function, constants = OPERATIONS[step["operation"]], step.get("constants", {})
+        function, constants = OPERATIONS[step.get("function", step["operation"])], step.get("constants", {})
         examples = [np.zeros(shape, dtype) for shape, dtype in shapes]
         names = [f"in{index}" for index in range(len(examples))]
         program, out = frontend.compile(

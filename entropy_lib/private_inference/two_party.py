@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from entropy_lib.folding import fold_for_inference
 from entropy_lib.modeling import EntropyGPT2LMHeadModel
 from entropy_lib.private_inference.architecture import Architecture, whole_number
+from entropy_lib.private_inference.methods import apply_method, check_spread, get_method, logit_spread
 from entropy_lib.private_inference.parties import run_plan
 
 
@@ -23,7 +24,7 @@ class TwoPartyResult:
     """What a private forward pass gave and what it cost.
 
     Attributes:
-        logits: [1, T, V], float32, as the client decoded them.
+        logits: [1, T, V], or of the tokens asked for, float32, as the client decoded them.
         max_error: largest absolute difference to the model's own logits.
         steps: one dict an operation, in order: part, operation, bytes (both ways), seconds (wall, both parties on this
             machine), cpu_seconds (processor time of the busier process), messages (sent by the client; not rounds).
@@ -51,7 +52,8 @@ class TwoPartyResult:
 
 
 def run_two_party(
-    model: torch.nn.Module, input_ids: Tensor, protocol: str = "SEMI2K", *, record: list | None = None,
+    model: torch.nn.Module, input_ids: Tensor, protocol: str = "SEMI2K", *, method: str = "as given",
+    spread: Tensor | float | None = None, logits_to_keep: int = 0, record: list | None = None,
     progress: Callable[[int, int], None] | None = None, **options,
 ) -> TwoPartyResult:  # fmt: skip
     """The logits of `model` on one sequence, computed by two parties on secret shares.
@@ -67,22 +69,33 @@ def run_two_party(
         protocol: "CHEETAH", two processes that talk over loopback, homomorphic encryption and oblivious transfer, the
             paper's; or "SEMI2K", one process with both parties and a trusted dealer: fast, its bytes are not
             comparable with the paper's.
+        method: "as given", each operation as the engine has it; "optimized", for fewer bytes and any scores; "bounded
+            logits", for fewer still, if the scores stay near the mean of their row. See `methods.METHODS`.
+        spread: for "bounded logits", how far they are from it at most, as `methods.logit_spread` measures it. None
+            measures it on `input_ids`, which a server does not see: it would measure on texts of its own.
+        logits_to_keep: of the last so many tokens, 0 for all.
         record, progress, host, ports, timeout, delay: see `parties.run_plan`.
 
-    Raises ValueError for a model with an operation that is not supported; otherwise as `parties.run_plan`.
+    Raises ValueError for a model with an operation that is not supported, an unknown method, and scores that spread
+    farther than the method bears; otherwise as `parties.run_plan`.
     """
+    kept = whole_number("logits_to_keep", logits_to_keep)
+    bounded = get_method(method).spread is not None
     ids = _sequence(model, input_ids)
+    if not 0 <= kept <= len(ids):
+        raise ValueError(f"logits_to_keep must be from 0 to {len(ids)}, got {kept}")
     architecture, weights = server_weights(model, len(ids))
+    if bounded:
+        check_spread(method, logit_spread(model, ids) if spread is None else spread)
     one_hot = np.eye(architecture.vocabulary, dtype=np.float32)[ids.numpy()]
-    plan = forward_plan(architecture, {name: list(array.shape) for name, array in weights.items()}, len(ids))
-    outputs, steps = run_plan(
-        plan, {**weights, "one_hot": one_hot}, protocol, record=record, progress=progress, **options
-    )
+    plan = forward_plan(architecture, {name: list(array.shape) for name, array in weights.items()}, len(ids), kept)
+    plan, values = apply_method(plan, {**weights, "one_hot": one_hot}, method)
+    outputs, steps = run_plan(plan, values, protocol, record=record, progress=progress, **options)
     logits = torch.from_numpy(outputs["logits"]).float()[None]
     if any(module.training for module in model.modules()):
         model = copy.deepcopy(model).eval()  # the caller's may be in training in another thread
     with torch.no_grad():
-        plain = model(ids[None].to(model.device)).logits.float().cpu()
+        plain = model(ids[None].to(model.device), logits_to_keep=kept).logits.float().cpu()
     return TwoPartyResult(logits, (logits - plain).abs().max().item(), protocol, steps)
 
 
@@ -120,7 +133,7 @@ def generate_two_party(
     if not 0 <= count <= most:
         raise ValueError(f"max_new_tokens must be 0 to {most}, as far as the model's positions reach, got {count}")
     for _ in range(count):
-        token = run_two_party(model, ids, protocol, **options).logits[:, -1].argmax(-1)
+        token = run_two_party(model, ids, protocol, logits_to_keep=1, **options).logits[:, -1].argmax(-1)
         ids = torch.cat([ids, token[None].to(ids)], dim=1)
     return ids
 
@@ -131,10 +144,14 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
     1/√d_k goes into W_Q. Without LayerNorm the stream may carry any scale s, so that β costs nothing: a layer reads
     s·X through scaled W, adds its FFN's output over s·β, and hands s·β on. What stays is the temperature's scale of
     the queries and, with LayerNorm, β: products of T·d elements with a value that the server knows.
+
+    Static heads become T×T matrices. Of a value residual, V + b·V₀, b goes out through W_V and W_O: b·(V/b + V₀).
     """
     architecture = Architecture.of(model.config)
     context_length = architecture.checked_length(context_length)
-    if architecture.layer_norm and abs(model.config.layer_norm_epsilon - 1e-5) > 1e-9:
+    if (architecture.layer_norm or architecture.final_layer_norm) and abs(
+        model.config.layer_norm_epsilon - 1e-5
+    ) > 1e-9:
         raise ValueError(f"layer_norm_epsilon must be 1e-5, got {model.config.layer_norm_epsilon}")
     if architecture.activation == "gelu" and model.config.activation_function == "gelu":
         raise ValueError(
@@ -172,9 +189,18 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
             raise ValueError(f"β of layer {layer} is 0: it cannot be moved into the weights")
         qkv, bias = (tensor.clone() for tensor in part("attn.c_attn"))
         qkv *= scale
+        dynamic, mixed = architecture.heads_of_layer(layer), 1.0
+        if architecture.value_residual and layer:
+            mixed = state[here + "attn.value_mix"][1].item()
+            if mixed == 0:
+                raise ValueError(f"layer {layer} adds 0 times the values of layer 0: that cannot go into the weights")
         for tensor in (qkv, bias):
-            tensor[..., : architecture.width] /= math.sqrt(size)
-        group = {"qkv": (qkv, bias), "attention_out": tuple(x / scale for x in part("attn.c_proj"))}
+            tensor[..., : dynamic * size] /= math.sqrt(size)
+            tensor[..., -architecture.width :] /= mixed
+        weight, out_bias = part("attn.c_proj")
+        group = {"qkv": (qkv, bias), "attention_out": (weight * mixed / scale, out_bias / scale)}
+        if dynamic < architecture.heads:
+            weights[f"{layer}.filters"] = model.transformer.h[layer].attn.static.matrix(context_length).detach()
         if architecture.fused:
             weight, bias = part("mlp.c_proj")
             group["ffn_out"] = (weight / beta, bias / (scale * beta))
@@ -184,21 +210,23 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
             group["ffn_out"] = tuple(x / (scale * beta) for x in part("mlp.c_proj"))
         if architecture.layer_norm:
             group["norm1"], group["norm2"] = part("ln_1"), part("ln_2")
-        if architecture.tempered:
+        if architecture.tempered and dynamic:
             weights[f"{layer}.query_scale"] = state[here + "attn.query_scale"][:, :context_length, None]
         for name, (weight, bias) in group.items():
             weights |= {f"{layer}.{name}.weight": weight, f"{layer}.{name}.bias": bias}
         scale *= beta
-    if architecture.layer_norm:
+    if architecture.final_layer_norm:
         weights |= {"norm.weight": state[body + "ln_f.weight"], "norm.bias": state[body + "ln_f.bias"]}
     weights["vocabulary"] = state["lm_head.weight"].T * scale
-    arrays = {name: np.ascontiguousarray(value.float().numpy()) for name, value in weights.items()}
+    arrays = {name: np.ascontiguousarray(value.float().cpu().numpy()) for name, value in weights.items()}
     if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise ValueError(f"weights of the model are not finite once β is moved into them: {', '.join(broken)}")
     return architecture, arrays
 
 
-def forward_plan(architecture: Architecture, weights: dict[str, list[int]], context_length: int) -> dict:
+def forward_plan(
+    architecture: Architecture, weights: dict[str, list[int]], context_length: int, logits_to_keep: int = 0
+) -> dict:
     """The plan of a forward pass (see `party`): the client's one-hot ids to logits, or, without a vocabulary, one or
     more blocks from a hidden state that both parties hold shares of. `weights`: name to shape."""
     a, t = architecture, context_length
@@ -226,12 +254,21 @@ def forward_plan(architecture: Architecture, weights: dict[str, list[int]], cont
         if a.layer_norm:
             norm(f"{layer}.norm1", "h")
         linear("attention linear", source, f"{layer}.qkv", "qkv")
-        step("attention linear", "heads", ["qkv"], ["q", "k", "v"], count=a.heads)
-        if a.tempered:
+        dynamic, values = a.heads_of_layer(layer), "v" if layer or not a.value_residual else "v0"
+        parts = ["q", "k", values] if dynamic else [values]
+        step("attention linear", "heads", ["qkv"], parts, count=a.heads, dynamic=dynamic)
+        if a.value_residual and layer:
+            step("attention linear", "add", ["v", "v0"], "v")
+        if a.tempered and dynamic:
             step("attention linear", "multiply", ["q", f"{layer}.query_scale"], "q")
-        step("attention linear", "scores", ["q", "k"], "s")
-        step("softmax", a.attention, ["s"], "a")
-        step("attention linear", "mix", ["a", "v"], "o")
+        if dynamic:
+            step("attention linear", "scores", ["q", "k"], "s")
+            step("softmax", a.attention, ["s"], "a")
+            step("attention linear", "mix", ["a", values], "o")
+        if dynamic < a.heads:
+            step("attention linear", "static", [values, f"{layer}.filters"], "f" if dynamic else "o")
+        if 0 < dynamic < a.heads:
+            step("attention linear", "join", ["o", "f"], "o")
         linear("attention linear", "o", f"{layer}.attention_out", "y")
         step("attention linear", "add", ["x", "y"], "x")
         if a.layer_norm:
@@ -247,7 +284,9 @@ def forward_plan(architecture: Architecture, weights: dict[str, list[int]], cont
             step("FFN linear", "multiply", ["x", f"{layer}.beta"], "x")
         step("FFN linear", "add", ["x", "y"], "x")
     if a.vocabulary:
-        if a.layer_norm:
+        if logits_to_keep:
+            step("vocabulary projection", "last", ["x"], "x", count=logits_to_keep)
+        if a.final_layer_norm:
             norm("norm", "x")
         step("vocabulary projection", "linear", ["x", "vocabulary"], "logits")
     return {"inputs": inputs, "steps": steps, "outputs": ["logits" if a.vocabulary else "x"]}

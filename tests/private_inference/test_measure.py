@@ -108,7 +108,7 @@ def test_what_no_measurement_can_start_from_is_one_line(fake, monkeypatch, tmp_p
 def test_the_command_prints_parts_and_writes_a_record(monkeypatch, tmp_path, capsys):
     step = {"part": "softmax", "operation": "softmax", "bytes": 2_500_000, "seconds": 1.5, "cpu_seconds": 1.0}
 
-    def run_two_party(model, ids, protocol, timeout):
+    def run_two_party(model, ids, protocol, method, timeout):
         from entropy_lib.private_inference.two_party import TwoPartyResult
 
         return TwoPartyResult(None, 1e-4, protocol, [{**step, "messages": 3}])

@@ -17,7 +17,7 @@ from running import private_environment, started_processes  # noqa: F401
 from test_parties import plan_of, values_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from entropy_lib import VARIANTS, build_model, fold_for_inference
+from entropy_lib import PRIVATE_VARIANTS, VARIANTS, build_model, fold_for_inference
 from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel
 from entropy_lib.private_inference import two_party
 from entropy_lib.private_inference.architecture import Architecture, operations
@@ -63,8 +63,10 @@ def forward(model, ids):
 def test_every_variant_and_stock_gpt2_give_the_model_s_logits(private, started):
     models = [tiny_model(*case, dtype=torch.float32, initializer_range=0.1, temperature_init=0.02) for case in CASES]
     stock = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, n_positions=16, vocab_size=97)).eval()
-    models = [model for model, (name, place) in zip(models, CASES, strict=True) if place in (None, "FFN")] + [stock]
-    assert {model.config.variant for model in models[:-1]} == set(VARIANTS)
+    models = [model for model, (name, place) in zip(models, CASES, strict=True) if place in (None, "FFN")]
+    models += [tiny_model(name, dtype=torch.float32, initializer_range=0.1) for name in PRIVATE_VARIANTS]
+    assert {model.config.variant for model in models} == {*VARIANTS, *PRIVATE_VARIANTS}
+    models.append(stock)
     private_logits = simulate(*zip(*[forward(model, IDS) for model in models], strict=True))
     for model, (ours,) in zip(models, private_logits, strict=True):
         plain = model(IDS[None]).logits[0].detach().numpy()
@@ -264,7 +266,6 @@ class Strange(torch.nn.Module):
     ("model", "ids", "words"),
     [
         (Strange(activation_function="tanh"), IDS, "activation 'tanh' is not supported"),
-        (Strange(n_inner=50), IDS, "FFN width 50"),
         (Strange(layer_norm_epsilon=1e-3), IDS, "layer_norm_epsilon must be 1e-5, got 0.001"),
         (Strange(scale_attn_by_inverse_layer_idx=True), IDS, "attention scaled by layer"),
         (Strange(), IDS.repeat(2, 1), r"one sequence of two or more token ids, got shape \[2, 8\]"),
@@ -380,6 +381,19 @@ def causal_softmax(scores):
     return e / e.sum(-1, keepdims=True)
 
 
+def relu2_attention(scores):
+    rows = [[[max(z, 0) ** 2 / (i + 1) if j <= i else 0 for j, z in enumerate(row)] for i, row in enumerate(head)]
+            for head in scores]  # fmt: skip
+    return np.array(rows)
+
+
+def split_heads(x, count, dynamic):
+    """[T, 2·dynamic·size + count·size] -> queries and keys, if there are any, and values."""
+    size = x.shape[1] // (2 * dynamic + count)
+    heads = np.stack([x[:, start : start + size] for start in range(0, x.shape[1], size)])
+    return [part for part in np.split(heads, [dynamic, 2 * dynamic]) if len(part)]
+
+
 def layernorm(x, gain, bias):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * gain + bias
 
@@ -387,11 +401,15 @@ def layernorm(x, gain, bias):
 MEANING = {  # of a plan's operations, written down a second time
     "embed": lambda one_hot, tokens, positions: one_hot @ tokens + positions,
     "linear": lambda x, weight, bias=0: x @ weight + bias,
-    "heads": lambda x, count: [p.reshape(len(p), count, -1).swapaxes(0, 1) for p in np.split(x, 3, axis=-1)],
+    "heads": split_heads,
     "multiply": np.multiply,
     "scores": lambda query, key: query @ key.swapaxes(1, 2),
     "softmax": causal_softmax,
-    "mix": lambda weights, value: (weights @ value).swapaxes(0, 1).reshape(weights.shape[1], -1),
+    "relu2_attention": relu2_attention,
+    "mix": lambda weights, value: np.concatenate([w @ v for w, v in zip(weights, value, strict=False)], axis=1),
+    "static": lambda value, filters: np.concatenate([f @ v for f, v in zip(filters[::-1], value[::-1])][::-1], axis=1),
+    "join": lambda x, y: np.concatenate([x, y], axis=1),
+    "last": lambda x, count: x[-count:],
     "add": np.add,
     "layernorm": layernorm,
     "gelu": gelu,
@@ -428,7 +446,13 @@ FIELDS = {  # of EntropyGPT2Config, those that change what is computed or stored
     "reorder_and_upcast_attn": [False, True],
     "resid_pdrop": [0.0, 0.1],
     "embd_pdrop": [0.0, 0.1],
+    "dynamic_heads": [None, None, [1], [0], [0, 1]],
+    "attention": ["softmax", "softmax", "relu2"],
+    "annealed_layer_norm": [False, True],
+    "final_layer_norm": [True, True, False],
+    "value_residual": [False, True],
 }
+BEYOND = ["dynamic_heads", "attention", "annealed_layer_norm", "value_residual", "n_inner", "final_layer_norm"]
 MAIN = ["layer_norm", "activation_function", "fused_ffn", "ffn_scaling", "learnable_temperature"]
 
 
@@ -436,6 +460,8 @@ def combinations():
     """All of MAIN's values with the other fields at their first, then draws of all fields."""
     for values in itertools.product(*(FIELDS[name][:3] for name in MAIN)):
         yield dict(zip(MAIN, values, strict=True))
+    for values in itertools.product(*(FIELDS[name][1:] for name in BEYOND)):
+        yield {**dict(zip(BEYOND, values, strict=True)), "activation_function": "relu"}
     draw = random.Random(0)
     for _ in range(70):
         yield {name: draw.choice(values) for name, values in FIELDS.items()}
@@ -457,6 +483,8 @@ def strange_model(fields):
                 value.mul_(2 if "h.0" in name else -0.6)
             if name.endswith("query_scale"):
                 value.mul_(torch.rand_like(value) + 0.5)
+            if name.endswith(("blend", "seen")):  # as at the end of training
+                value.fill_(1)
     return model.double().eval()
 
 
@@ -478,11 +506,11 @@ def test_every_combination_of_fields_is_right_or_refused(monkeypatch):
         (ours,) = evaluate(plan, values)
         assert np.abs(ours - expected[0].detach().numpy()).max() < 1e-4 * expected.abs().max(), fields
         right.append(fields)
-    for name in ("weight_normalization", "tie_word_embeddings", "folded", *MAIN):
-        seen = {fields.get(name) for fields in right}
-        assert len(seen - {None}) > 1, f"nothing but {seen} of {name} was tried"
+    for name in ("weight_normalization", "tie_word_embeddings", "folded", *MAIN, *BEYOND):
+        seen = {str(fields[name]) for fields in right if name in fields}
+        assert len(seen) > 1, f"nothing but {seen} of {name} was tried"
     assert any(fields["layer_norm"] and fields["ffn_scaling"] for fields in right)
-    causes = ["activation", "FFN width", "layer_norm_epsilon", "attention scaled"]
+    causes = ["activation", "layer_norm_epsilon", "attention scaled"]
     assert all(sum(cause in sentence for cause in causes) == 1 and "\n" not in sentence for sentence in refused)
     assert all(any(cause in sentence for sentence in refused) for cause in causes)
 
