@@ -406,8 +406,10 @@ MEANING = {  # of a plan's operations, written down a second time
     "scores": lambda query, key: query @ key.swapaxes(1, 2),
     "softmax": causal_softmax,
     "relu2_attention": relu2_attention,
-    "mix": lambda weights, value: np.concatenate([w @ v for w, v in zip(weights, value, strict=False)], axis=1),
-    "static": lambda value, filters: np.concatenate([f @ v for f, v in zip(filters[::-1], value[::-1])][::-1], axis=1),
+    "mix": lambda weights, value: np.concatenate([w @ value[i] for i, w in enumerate(weights)], axis=1),
+    "static": lambda value, filters: np.concatenate(
+        [f @ value[i - len(filters)] for i, f in enumerate(filters)], axis=1
+    ),
     "join": lambda x, y: np.concatenate([x, y], axis=1),
     "last": lambda x, count: x[-count:],
     "add": np.add,
