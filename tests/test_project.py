@@ -18,7 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 # DESIGN: a file imports only from rows below it.
 ROWS = [
-    "entropy kernels annealed_layer_norm static_heads",
+    "entropy kernels annealed_layer_norm static_heads logit_range",
     "regularization variants operators",
     "attention weight_normalization",
     "interface",

@@ -23,18 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from entropy_lib.private_inference.architecture import Architecture, Operation, operations
-from entropy_lib.private_inference.methods import METHODS, apply_method
-from entropy_lib.private_inference.parties import ENGINE, ROOT, SETTINGS, run_plan
+from entropy_lib.private_inference.fitting import DATA
+from entropy_lib.private_inference.methods import METHODS, apply_method, book_name, own_operations
+from entropy_lib.private_inference.parties import ENGINE, SETTINGS, run_plan
 from entropy_lib.private_inference.two_party import forward_plan
 from entropy_lib.variants import VARIANTS
 
 VOCABULARY = 4096  # of the embedding; prices are per element, and the engine takes over 20 GB of memory for 50,257
 DELAY = 0.05  # seconds one way, injected to count rounds
-
-
-def record_path(method: str) -> Path:
-    prefix = "" if method == "as given" else method.replace(" ", "-") + "-"
-    return ROOT / "data" / "private_inference" / f"measured-{prefix}spu-{ENGINE}-cheetah.json"
 
 
 _PAPER = ("SM+ScFuFFN", "SM+LN+R", "SM+LN+G", "SM+R", "SM+LN", "SM+ScFFN", "SM+G", "SM(t)+ScFuFFN")
@@ -47,6 +43,22 @@ _BEYOND = {
     "x² attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "square_attention"},
     "SM+ScFuFFN, 6 heads": {"activation": "linear", "fused": True, "heads": 6},
 }
+_STATIC = {"layer_norm": False, "activation": "relu"}  # their LayerNorms are annealed
+_PRIVATE = {  # the kinds of blocks of `PRIVATE_VARIANTS`
+    "SM(3)+LN+G+V": {"dynamic_heads": (3,)},
+    "SM(3)+LN(a)+R+V": {**_STATIC, "dynamic_heads": (3,)},
+    "SM(1)+LN(a)+R+V": {**_STATIC, "dynamic_heads": (1,)},
+    "SM(0)+LN(a)+R+V": {**_STATIC, "dynamic_heads": (0,)},
+    "R2(1)+LN(a)+R(2d)+V": {
+        **_STATIC, "dynamic_heads": (1,), "attention": "relu2_attention", "ffn_width": 2 * 768
+    },
+    "SM(0)+LN(a)+R(2d)+V": {**_STATIC, "dynamic_heads": (0,), "ffn_width": 2 * 768},
+}  # fmt: skip
+
+
+def private_architectures() -> dict[str, Architecture]:
+    """One block of each kind of the private family."""
+    return {name: Architecture(1, vocabulary=0, **change) for name, change in _PRIVATE.items()}
 
 
 def block_architectures() -> dict[str, Architecture]:
@@ -64,11 +76,15 @@ def block_architectures() -> dict[str, Architecture]:
 
 def weight_shapes(a: Architecture, context_length: int) -> dict[str, list[int]]:
     """The server's weights for blocks without embedding and vocabulary, by the names of `forward_plan`."""
-    d, shapes = a.width, {}
+    d, inner, shapes = a.width, a.ffn_width, {}
     for layer in range(a.layers):
-        pairs = {"qkv": (d, 3 * d), "attention_out": (d, d), "ffn_out": (d if a.fused else 4 * d, d)}
+        dynamic = a.heads_of_layer(layer)
+        pairs = {"qkv": (d, d + 2 * dynamic * (d // a.heads)), "attention_out": (d, d)}
+        pairs["ffn_out"] = (d if a.fused else inner, d)
         if not a.fused:
-            pairs["ffn_in"] = (d, 8 * d if a.activation == "bilinear" else 4 * d)
+            pairs["ffn_in"] = (d, 2 * inner if a.activation == "bilinear" else inner)
+        if dynamic < a.heads:
+            shapes[f"{layer}.filters"] = [a.heads - dynamic, context_length, context_length]
         for name, (inputs, outputs) in pairs.items():
             shapes |= {f"{layer}.{name}.weight": [inputs, outputs], f"{layer}.{name}.bias": [outputs]}
         for name in ("norm1", "norm2") * a.layer_norm:
@@ -97,6 +113,8 @@ def operation_plan(operation: Operation) -> dict:
         shared = {"x": shape}
         if name == "layernorm":
             server = {"gain": shape[-1:], "bias": shape[-1:]}
+        elif name == "static":
+            server = {"filters": [*shape[:-1], shape[-2]]}
         elif name == "multiply":
             server = {"scale": [*shape[:-1], 1]}
     inputs = {
@@ -119,9 +137,18 @@ def random_values(plan: dict) -> dict[str, np.ndarray]:
 
 def tasks(context_length: int, method: str = "as given") -> Iterator[tuple[str, str, dict, float]]:
     """(section, name, plan, delay): operations at the paper's shapes; for T = 128 also blocks, and rounds in small."""
-    changed = METHODS[method].functions
-    kinds = [Architecture(vocabulary=VOCABULARY), *block_architectures().values()]
+    own = own_operations(method)
+    blocks, private = block_architectures(), private_architectures()
+    kinds = [Architecture(vocabulary=VOCABULARY), *blocks.values()]
     wanted = {(o.name, o.shape): o for a in kinds for o in operations(a, context_length)}
+    if method == "as given":  # of the private family, what no other has: blocks are priced and run at their best
+        named = {name for name, _ in wanted}
+        beyond = [o for a in private.values() for o in operations(a, context_length) if o.name not in named]
+        wanted |= {(o.name, o.shape): o for o in beyond}
+    else:
+        blocks |= private
+        wanted |= {(o.name, o.shape): o for a in private.values() for o in operations(a, context_length)}
+    kinds += private.values()
     wanted = {key: o for key, o in wanted.items() if o.part != "vocabulary projection"}  # linear like the others
     wanted = {key: o for key, o in wanted.items() if o.shape != (256, 768, 6144)}  # takes over 20 GB of memory
     if context_length == 128:
@@ -131,15 +158,15 @@ def tasks(context_length: int, method: str = "as given") -> Iterator[tuple[str, 
         ):
             wanted[extra.name, extra.shape] = extra
     if method != "as given":
-        wanted = {key: o for key, o in wanted.items() if o.name in changed}
+        wanted = {key: o for key, o in wanted.items() if o.name in own}
     for operation in sorted(wanted.values(), key=lambda o: (o.name in ("linear", "embed"), math.prod(o.shape))):
         yield "operations", label(operation), operation_plan(operation), 0.0
     if context_length == 128:  # a block costs what its operations cost: those at one length show that
-        for name, architecture in block_architectures().items():
+        for name, architecture in blocks.items():
             plan = forward_plan(architecture, weight_shapes(architecture, context_length), context_length)
             yield "blocks", f"{name}, T={context_length}", {**plan, "outputs": []}, 0.0
         for delay in (0.0, DELAY):
-            yield "rounds", f"{delay:g} s one way", rounds_plan(kinds, changed), delay
+            yield "rounds", f"{delay:g} s one way", rounds_plan(kinds, own), delay
 
 
 def rounds_plan(kinds: list[Architecture], only: Container[str] = ()) -> dict:
@@ -173,7 +200,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--output holds the record of one method")
     try:
         for method in options.methods:
-            measure_method(method, options.output or record_path(method), options)
+            record = DATA / "private_inference" / f"measured-{book_name(method)}.json"
+            measure_method(method, options.output or record, options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)
         return 130

@@ -108,7 +108,7 @@ def reproduction(experiment: str, runs: str | Path = "data/runs") -> pd.DataFram
     printed = paper_ppl(experiment)
     rows, records = {}, []
     for row, planned in table_runs(experiment).items():
-        found = _on_record(planned, runs)
+        found = on_record(planned, runs)
         records += [_renamed(record, row) for record in found]  # Table 5's placements share a variant
         folder, variant = planned[0].folder.parts[0], planned[0].variant
         rows[row] = {
@@ -160,7 +160,7 @@ def gaps(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
 def progress(experiment: str, runs: str | Path = "data/runs") -> str:
     """One line: how many of an experiment's runs are on record, and the command that makes the rest."""
     planned = _experiment(experiment).runs
-    found = len(_on_record(planned, runs))
+    found = len(on_record(planned, runs))
     command = f"python -m entropy_lib.study.experiments {experiment}"
     return f"{found} of {len(planned)} runs of {experiment} on record" + (
         f"; the rest: {command}" if found < len(planned) else f" ({command})"
@@ -175,7 +175,7 @@ def examples(
     Where fewer than two rows are on record, or one that a figure `needs` is not, the records in the folder `fallback`
     are taken. The caption names the folder, the tokens and the corpus.
     """
-    found = {row: _on_record(planned, runs)[:1] for row, planned in table_runs(experiment).items()}
+    found = {row: on_record(planned, runs)[:1] for row, planned in table_runs(experiment).items()}
     found = {row: on_record[0] for row, on_record in found.items() if on_record}
     folder = experiment
     if len(found) < 2 or not set(needs) <= set(found):
@@ -203,7 +203,7 @@ def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
     settings = [name for name in asdict(Recipe()) if name not in _NOT_A_SETTING and _differ(planned, name)]
     baselines, rows = _baselines(runs), []
     for run in planned:
-        found = _on_record([run], runs)
+        found = on_record([run], runs)
         recipe = asdict(_recipe(run))
         row = {"variant": _row(run), "seed": run.seed} | {name: recipe[name] for name in settings}
         record = found[0] if found else None
@@ -276,7 +276,7 @@ def _baselines(runs: str | Path) -> dict[tuple, list[RunRecord]]:
     """
     found: dict[tuple, dict[bool, list[RunRecord]]] = {}
     for run in {run.record: run for experiment in EXPERIMENTS.values() for run in experiment.runs}.values():
-        if run.variant == BASELINE and (records := _on_record([run], runs)):
+        if run.variant == BASELINE and (records := on_record([run], runs)):
             found.setdefault(_budget(run), {}).setdefault(_recipe(run).scaled_residual_init, []).extend(records)
     return {budget: by_start.get(False) or by_start[True] for budget, by_start in found.items()}
 
@@ -285,7 +285,7 @@ def _differ(runs: Iterable[Run], field: str) -> bool:
     return len({getattr(_recipe(run), field) for run in runs}) > 1
 
 
-def _on_record(planned: Iterable[Run], runs: str | Path) -> list[RunRecord]:
+def on_record(planned: Iterable[Run], runs: str | Path) -> list[RunRecord]:
     """The records of these runs below the folder `runs`; ValueError if one of them is of another run."""
     if not Path(runs).is_dir():
         raise ValueError(f"no folder of run records at {runs}")

@@ -23,8 +23,9 @@ from datasets import DatasetDict
 from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from entropy_lib.logit_range import logit_range
 from entropy_lib.modeling import EntropyGPT2LMHeadModel, build_model
-from entropy_lib.study.abilities import SEQUENCES, logit_range, loss_by_position, recall
+from entropy_lib.study.abilities import loss_by_position, recall
 from entropy_lib.study.cache import cache_folder
 from entropy_lib.study.corpus import load_corpus
 from entropy_lib.study.global_state import OwnDraws, one_training_at_a_time
@@ -242,7 +243,7 @@ def _abilities(model: EntropyGPT2LMHeadModel, trainer: EntropyTrainer, recipe: R
         return {
             "recall": recall(model) if recipe.context_length > 3 else None,
             "loss_by_position": loss_by_position(model, blocks),
-            "logit_range": logit_range(model, blocks[:SEQUENCES]),
+            "logit_range": logit_range(model, blocks[:256]),
         }
 
 

@@ -1,4 +1,4 @@
-"""Recall, loss by position and the range of logits, against the definitions written out."""
+"""Recall and loss by position, against the definitions written out."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from entropy_lib import build_model
-from entropy_lib.study.abilities import logit_range, loss_by_position, recall
+from entropy_lib.study.abilities import loss_by_position, recall
 from entropy_lib.study.runs import RunRecord
 from tests.study.test_training import corpus, train
 
@@ -53,31 +53,6 @@ def test_loss_by_position_is_the_loss_in_parts():
     assert len(by_position) == 11
     assert sum(by_position) / 11 == pytest.approx(loss.item(), rel=1e-6)
     assert by_position[4] == pytest.approx(cross_entropy(logits[:, 4], blocks[:, 5]).item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("variant", ["SM+LN+R", "SM(t)+ScFuFFN", "SM(0,0,1)+LN(a)+R+V"])
-def test_the_range_of_logits(variant):
-    model, blocks = model_of(variant), torch.randint(50, (5, 12))
-    implementation = model.config._attn_implementation
-    found = logit_range(model, blocks, batch=2)
-    assert model.config._attn_implementation == implementation
-    assert [len(heads) for heads in found] == model.config.entropy_heads()
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        weights = model(blocks, output_attentions=True).attentions  # of the layers that have a softmax
-    for layer, heads in enumerate(heads for heads in found if heads):
-        for head, (low, high) in enumerate(heads):
-            lows, highs = [0.0], [0.0]
-            for row in range(12):
-                logits = weights[layer][:, head, row, : row + 1].log()  # up to a constant of the row
-                away = logits - logits.mean(-1, keepdim=True)
-                lows.append(away.min().item())
-                highs.append(away.max().item())
-            assert (low, high) == pytest.approx((min(lows), max(highs)), rel=1e-4, abs=1e-5)
-
-
-def test_attention_without_softmax_has_no_range():
-    assert logit_range(model_of("R2(0,0,1)+LN(a)+R+V"), torch.randint(50, (2, 12))) == [[], [], []]
 
 
 def test_they_are_on_record(corpus, tmp_path):
