@@ -18,6 +18,8 @@ BASELINE = "SM+LN+G"
 BOOK_LABELS = {  # what a reader knows them by
     "paper": "the paper's tables (fitted)",
     "spu-0.9.5-cheetah": "SPU 0.9.5, measured",
+    "optimized-spu-0.9.5-cheetah": "SPU 0.9.5, optimized operations",
+    "bounded-logits-spu-0.9.5-cheetah": "SPU 0.9.5, optimized for bounded logits",
     "spu-0.9.2b0-cheetah": "SPU 0.9.2b0 of 2024, measured",
 }
 NO_NETWORK = "none: computation only"

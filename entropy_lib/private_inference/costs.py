@@ -33,6 +33,7 @@ class PriceBook:
     unit ("in", "out", "element", "row") -> price. Seconds are the busier party's processor time or, if
     `includes_network`, everything; none were measured for the old engine, whose minutes are NaN.
     `rounds`: operation -> messages one way that wait for each other, whatever the size.
+    `method`: how the parties compute the operations, see `methods.METHODS`.
     """
 
     name: str
@@ -42,6 +43,7 @@ class PriceBook:
     seconds: dict[str, dict[str, float]] = field(repr=False)
     rounds: dict[str, float] = field(repr=False)
     factors: dict[str, dict[str, float]] = field(repr=False, default_factory=dict)  # the paper's, see `fitting`
+    method: str = "as given"
 
     def price(self, operation: Operation, table: dict[str, dict[str, float]]) -> float:
         if not table:
@@ -123,7 +125,8 @@ def inference_cost(
     Args:
         config: an `EntropyGPT2Config`, transformers' configuration of a GPT-2 or an OPT, or an `Architecture`.
         context_length: T, at most the model's positions.
-        prices: "paper", fitted to the printed Tables 3, 4, 7 and 8; "spu-0.9.5-cheetah", measured here;
+        prices: "paper", fitted to the printed Tables 3, 4, 7 and 8; "spu-0.9.5-cheetah", measured here, with each
+            operation as given; "optimized" and "bounded-logits", the same engine by cheaper `methods`;
             "spu-0.9.2b0-cheetah", the engine of the paper's time, measured here.
         network: a `Network` or a name in `NETWORKS`, which adds bytes / bandwidth + rounds × latency to the measured
             computation. None adds nothing; the paper's minutes include its network and cannot be moved to another.

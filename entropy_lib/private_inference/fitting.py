@@ -18,6 +18,7 @@ import numpy as np
 
 from entropy_lib.private_inference.architecture import Architecture, Operation, operations
 from entropy_lib.private_inference.costs import BOOKS, read_json
+from entropy_lib.private_inference.methods import METHODS, book_name
 from entropy_lib.private_inference.parties import ROOT
 
 GROUPS = {
@@ -72,6 +73,16 @@ def fit_measured(record: dict) -> dict:
     for before, after in zip(plain["steps"], late["steps"], strict=True):
         book["rounds"][before["operation"]] = round((after["seconds"] - before["seconds"]) / late["delay"])
     return book
+
+
+def fit_methods(records: dict[str, dict]) -> dict[str, dict]:
+    """Method -> its book: what it computes as a method before it costs what it costs there."""
+    books, book = {}, {"bytes": {}, "seconds": {}, "rounds": {}}
+    for method, record in records.items():
+        fitted = fit_measured(record)
+        book = {quantity: {**prices, **fitted[quantity]} for quantity, prices in book.items()}
+        books[method] = book
+    return books
 
 
 def fit_paper(proportions: dict) -> dict:
@@ -141,9 +152,14 @@ def _fit(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Old prices: its own for what it multiplies; linear layers, whose bytes are the same in both, from today's."""
-    files = (DATA / "private_inference" / f"measured-spu-{version}-cheetah.json" for version in ("0.9.5", "0.9.2b0"))
-    today, old = map(read_json, files)
-    new = fit_measured(today)
+    names = {method: book_name(method) for method in METHODS}
+    old, *records = (
+        read_json(DATA / "private_inference" / f"measured-{name}.json")
+        for name in ("spu-0.9.2b0-cheetah", *names.values())
+    )
+    records = dict(zip(METHODS, records, strict=True))
+    fitted = fit_methods(records)
+    new = fitted["as given"]
     older = {quantity: dict(prices) for quantity, prices in new.items()}
     shared = ("linear", "embed", "scores", "mix")
     older = {quantity: {n: p for n, p in prices.items() if n in shared} for quantity, prices in older.items()}
@@ -151,7 +167,13 @@ def main() -> None:
         price = entry["bytes"] / math.prod(entry["shape"])
         older["bytes"][entry["operation"]] = {"element": float(f"{price:.5g}")}
     books = {
-        "spu-0.9.5-cheetah": {"source": f"measured: {today['command']}; {today['engine']}, {today['machine']}", **new},
+        names[method]: {
+            "source": f"measured: {record['command']}; {record['engine']}, {record['machine']}",
+            "method": method, **fitted[method],
+        }
+        for method, record in records.items()
+    }  # fmt: skip
+    books |= {
         "spu-0.9.2b0-cheetah": {
             "source": f"measured: {old['engine']}, nonlinear operations at T=128; linear ones as on 0.9.5, whose bytes "
             "are the same (QKᵀ and AV checked); bytes only",

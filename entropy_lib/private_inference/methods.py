@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from entropy_lib.entropy import pad_heads
+from entropy_lib.private_inference.parties import ENGINE
 
 # Largest errors: GELU (tanh form) 1.7e-3, SiLU 7.4e-3.
 _GELU = {"quartic": [-0.0210793, -2.1851438, -1.4763009, -0.0695224, 0.2277183], "bound": 3.2}
@@ -64,6 +65,18 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose from {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def own_operations(name: str) -> list[str]:
+    """The operations that no method before this one computes the same way: those to measure."""
+    before = list(METHODS.values())[: list(METHODS).index(name)]
+    functions = get_method(name).functions
+    return [o for o, function in functions.items() if all(function != m.functions.get(o) for m in before)]
+
+
+def book_name(name: str) -> str:
+    """Of the method's price book and, after "measured-", of the record that it is fitted to."""
+    return ("" if name == "as given" else name.replace(" ", "-") + "-") + f"spu-{ENGINE}-cheetah"
 
 
 def apply_method(plan: dict, values: dict[str, np.ndarray], name: str) -> tuple[dict, dict[str, np.ndarray]]:

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from io import BytesIO
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -147,25 +147,25 @@ def _bilinear(x):
 
 # ---- the same for fewer bytes (see `methods`); they need the engine's fxp_exp_iters to be 1
 
-PAIR = 2 * 8192  # elements that two threads pack into a ciphertext each; what is left over is better sent apart
+SLOTS = 8192  # elements of a ciphertext; two threads fill one each, so that 3·SLOTS elements at once would take four
 
 
-def _in_pairs(operation, *values):
-    """`operation` elementwise: on whole pairs of ciphertexts, and on the rest."""
+def _in_pieces(operation, *values):
+    """`operation` elementwise: on whole pairs of ciphertexts, on a whole one that is left, and on the rest."""
     flat = [value.reshape(-1) for value in values]
-    whole = flat[0].size // PAIR * PAIR
-    parts = [operation(*(value[part] for value in flat)) for part in (slice(whole), slice(whole, None))]
+    cuts = [0, *(flat[0].size // unit * unit for unit in (2 * SLOTS, SLOTS)), None]
+    parts = [operation(*(value[slice(*ends)] for value in flat)) for ends in pairwise(cuts)]
     return jnp.concatenate(parts).reshape(values[0].shape)
 
 
 def _product(x, y):
-    return _in_pairs(jnp.multiply, x, y)
+    return _in_pieces(jnp.multiply, x, y)
 
 
 def fast_square(x):
     """x² by the engine's own squaring, 109 bytes against 168 of x·x. With fxp_exp_iters = 1 its exp(z) is (1 + z/2)²,
     and jax has no other way to ask for it. What fills less than half a ciphertext is cheaper as a product."""
-    return _in_pairs(lambda part: part * part if part.size < PAIR // 4 else jnp.exp(part + part - 2.0), x)
+    return _in_pieces(lambda part: part * part if part.size < SLOTS // 2 else jnp.exp(part + part - 2.0), x)
 
 
 def fast_relu2(x):

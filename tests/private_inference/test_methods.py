@@ -1,5 +1,6 @@
 """Every way to compute an operation against double precision, at the inputs that are hardest for it."""
 
+import json
 import math
 
 import numpy as np
@@ -11,9 +12,11 @@ from test_parties import plan_of
 from test_two_party import IDS, MEANING, causal_softmax, evaluate, forward, gelu, layernorm, merged
 
 from entropy_lib import VARIANTS
-from entropy_lib.private_inference import two_party
-from entropy_lib.private_inference.fitting import fit_quartic
-from entropy_lib.private_inference.methods import METHODS, apply_method, logit_spread
+from entropy_lib.private_inference import measure, two_party
+from entropy_lib.private_inference.costs import inference_cost, price_book
+from entropy_lib.private_inference.fitting import DATA, fit_methods, fit_quartic
+from entropy_lib.private_inference.measure import block_architectures
+from entropy_lib.private_inference.methods import METHODS, apply_method, book_name, logit_spread, own_operations
 from entropy_lib.private_inference.parties import run_plan
 from entropy_lib.private_inference.two_party import run_two_party
 
@@ -190,3 +193,48 @@ def test_scores_that_spread_too_far_are_refused_before_anything_starts(monkeypat
             run_two_party(model, IDS, method="bounded logits", spread=spread)
     with pytest.raises(ValueError, match="unknown method 'fast'; choose from as given, optimized, bounded logits"):
         run_two_party(model, IDS, method="fast")
+
+
+# ---- what they cost
+
+
+@pytest.fixture(scope="module", name="records")
+def measured_records():
+    folder = DATA / "private_inference"
+    return {name: json.loads((folder / f"measured-{book_name(name)}.json").read_text()) for name in METHODS}
+
+
+def test_committed_books_are_what_the_fit_gives(records):
+    for method, fitted in fit_methods(records).items():
+        book = price_book(book_name(method))
+        assert book.method == method
+        assert (book.bytes, book.seconds, book.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
+    assert price_book("optimized").method == "optimized"
+    assert price_book("paper").method == "as given"
+
+
+def test_every_operation_that_a_method_changes_was_measured_and_costs_less(records):
+    for method in ("optimized", "bounded logits"):
+        found = {entry["operation"] for entry in records[method]["operations"].values()}
+        assert found == set(own_operations(method)) - {"silu"}  # which no architecture has
+        for name, entry in records[method]["operations"].items():
+            assert entry["bytes"] < records["as given"]["operations"][name]["bytes"], (method, name)
+    ours, before = (records[m]["operations"]["softmax 12×128×128"] for m in ("bounded logits", "optimized"))
+    assert ours["bytes"] < before["bytes"]
+
+
+def test_prices_reproduce_the_measured_blocks(records):
+    for method, record in records.items():
+        assert record["blocks"]
+        for name, measured in record["blocks"].items():
+            variant, _, length = name.rpartition(", T=")
+            cost = inference_cost(block_architectures()[variant], int(length), book_name(method))
+            assert cost.communication_gb * 1e9 == pytest.approx(measured["bytes"], rel=0.03), (method, name)
+
+
+def test_own_operations_are_measured_under_a_method_only():
+    for method in ("optimized", "bounded logits"):
+        todo = list(measure.tasks(128, method))
+        kinds = {plan["steps"][0]["operation"] for section, _, plan, _ in todo if section == "operations"}
+        rounds = {step["operation"] for section, _, plan, _ in todo if section == "rounds" for step in plan["steps"]}
+        assert kinds == rounds == set(own_operations(method)) - {"silu"}
