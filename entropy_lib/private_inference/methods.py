@@ -6,14 +6,10 @@ degree 4 the one whose largest error is least. Two squarings compute it.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from entropy_lib.entropy import pad_heads
 from entropy_lib.private_inference.parties import ENGINE
 
 # Largest errors: GELU (tanh form) 1.7e-3, SiLU 7.4e-3.
@@ -33,7 +29,7 @@ class Method:
     Attributes:
         functions: operation -> the function of `party` that computes it, and its constants; others are as given.
         engine: settings of the engine that those functions need.
-        spread: the largest distance of a score from the mean of its row that the softmax bears; None: any.
+        spread: the largest distance of a logit from the mean of its row that the softmax bears; None: any.
     """
 
     functions: dict[str, tuple[str, dict]] = field(default_factory=dict)
@@ -118,37 +114,11 @@ def _fold_norms(plan: dict, values: dict) -> tuple[dict, dict]:
     return {**plan, "inputs": inputs, "steps": steps}, values
 
 
-def logit_spread(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
-    """[layers, heads]: how far a score, over √d_k and t, is at most from the mean of the scores that its row sees.
-
-    Both ways, since a polynomial exponential is wrong on either side. A row's log-weights differ from its scores by a
-    constant, so the weights tell; in double precision they do up to a distance of 700, beyond which this is infinite.
-    NaN where a layer has fewer heads with a softmax.
-    """
-    model = copy.deepcopy(model).double().eval()
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        weights = model(torch.as_tensor(input_ids).reshape(1, -1).to(model.device), output_attentions=True).attentions
-    found = [torch.empty(0) if layer is None else _row_spread(layer[0]) for layer in weights]
-    return torch.stack([pad_heads(layer, model.config.n_head) for layer in found])
-
-
-def _row_spread(weights: Tensor) -> Tensor:
-    """[H, T, T] causal weights -> [H]."""
-    visible = torch.ones(weights.shape[-2:], dtype=torch.bool, device=weights.device).tril()
-    logs = weights.log().masked_fill(~visible, 0.0)
-    distance = (logs - logs.sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)).masked_fill(~visible, 0.0).abs()
-    return distance.nan_to_num(nan=torch.inf).amax((-1, -2)).cpu()
-
-
-def check_spread(name: str, spread: Tensor | float) -> None:
-    """ValueError if a method cannot bear scores that spread so far."""
+def check_spread(name: str, spread: float) -> None:
+    """ValueError if a method cannot bear logits that reach so far from the mean of their row; NaN is too far."""
     limit = get_method(name).spread
-    if limit is None:
-        return
-    largest = torch.as_tensor(spread, dtype=torch.float64).nan_to_num(nan=0.0).max().item()
-    if largest > limit:
+    if limit is not None and not spread <= limit:
         raise ValueError(
-            f"method {name!r} bears scores up to {limit:g} from the mean of their row, and these spread to "
-            f"{largest:.3g}: use method 'optimized'"
+            f"method {name!r} bears logits up to {limit:g} from the mean of their row, and these reach {spread:.3g}: "
+            "use method 'optimized'"
         )

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_lib.folding import fold_for_inference
+from entropy_lib.logit_range import logit_range
 from entropy_lib.modeling import EntropyGPT2LMHeadModel
 from entropy_lib.private_inference.architecture import Architecture, whole_number
-from entropy_lib.private_inference.methods import apply_method, check_spread, get_method, logit_spread
+from entropy_lib.private_inference.methods import apply_method, check_spread, get_method
 from entropy_lib.private_inference.parties import run_plan
 
 
@@ -53,7 +54,7 @@ class TwoPartyResult:
 
 def run_two_party(
     model: torch.nn.Module, input_ids: Tensor, protocol: str = "SEMI2K", *, method: str = "as given",
-    spread: Tensor | float | None = None, logits_to_keep: int = 0, record: list | None = None,
+    spread: float | None = None, logits_to_keep: int = 0, record: list | None = None,
     progress: Callable[[int, int], None] | None = None, **options,
 ) -> TwoPartyResult:  # fmt: skip
     """The logits of `model` on one sequence, computed by two parties on secret shares.
@@ -64,19 +65,19 @@ def run_two_party(
     in the last place of products is allowed. Do not protect real secrets with it.
 
     Args:
-        model: any of the twelve variants, or transformers' GPT2LMHeadModel; it is folded first (`fold_for_inference`).
+        model: any of this library, or transformers' GPT2LMHeadModel; it is folded first (`fold_for_inference`).
         input_ids: [T] or [1, T], T at least 2.
         protocol: "CHEETAH", two processes that talk over loopback, homomorphic encryption and oblivious transfer, the
             paper's; or "SEMI2K", one process with both parties and a trusted dealer: fast, its bytes are not
             comparable with the paper's.
-        method: "as given", each operation as the engine has it; "optimized", for fewer bytes and any scores; "bounded
-            logits", for fewer still, if the scores stay near the mean of their row. See `methods.METHODS`.
-        spread: for "bounded logits", how far they are from it at most, as `methods.logit_spread` measures it. None
-            measures it on `input_ids`, which a server does not see: it would measure on texts of its own.
+        method: "as given", each operation as the engine has it; "optimized", for fewer bytes and any logits; "bounded
+            logits", for fewer still, if attention's logits stay near the mean of their row. See `methods.METHODS`.
+        spread: for "bounded logits", how far they reach from it at most, see `logit_range`. None measures it on
+            `input_ids`, which a server does not see: it would measure on texts of its own.
         logits_to_keep: of the last so many tokens, 0 for all.
         record, progress, host, ports, timeout, delay: see `parties.run_plan`.
 
-    Raises ValueError for a model with an operation that is not supported, an unknown method, and scores that spread
+    Raises ValueError for a model with an operation that is not supported, an unknown method, and logits that reach
     farther than the method bears; otherwise as `parties.run_plan`.
     """
     kept = whole_number("logits_to_keep", logits_to_keep)
@@ -85,18 +86,23 @@ def run_two_party(
     if not 0 <= kept <= len(ids):
         raise ValueError(f"logits_to_keep must be from 0 to {len(ids)}, got {kept}")
     architecture, weights = server_weights(model, len(ids))
+    if any(module.training for module in model.modules()):
+        model = copy.deepcopy(model).eval()  # the caller's may be in training in another thread
     if bounded:
-        check_spread(method, logit_spread(model, ids) if spread is None else spread)
+        check_spread(method, _spread(model, ids) if spread is None else spread)
     one_hot = np.eye(architecture.vocabulary, dtype=np.float32)[ids.numpy()]
     plan = forward_plan(architecture, {name: list(array.shape) for name, array in weights.items()}, len(ids), kept)
     plan, values = apply_method(plan, {**weights, "one_hot": one_hot}, method)
     outputs, steps = run_plan(plan, values, protocol, record=record, progress=progress, **options)
     logits = torch.from_numpy(outputs["logits"]).float()[None]
-    if any(module.training for module in model.modules()):
-        model = copy.deepcopy(model).eval()  # the caller's may be in training in another thread
     with torch.no_grad():
         plain = model(ids[None].to(model.device), logits_to_keep=kept).logits.float().cpu()
     return TwoPartyResult(logits, (logits - plain).abs().max().item(), protocol, steps)
+
+
+def _spread(model: torch.nn.Module, ids: Tensor) -> float:
+    heads = [head for layer in logit_range(copy.deepcopy(model), ids[None]) for head in layer]
+    return torch.tensor(heads).abs().max().item() if heads else 0.0  # NaN stays NaN
 
 
 def _sequence(model: torch.nn.Module, input_ids: Tensor) -> Tensor:

@@ -202,6 +202,16 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
         ),
         (
+            "private_200M_rates",
+            "is 1e-3 too high for ReLU² attention while its LayerNorms go? lower rates, 200M tokens, one seed",
+            _sweep(
+                "private/200M_rates",
+                ["R2(0,0,1)+LN(a)+R(2d)+V", "R2(0,0,1)+LN(a)+R+V"],
+                FULL,
+                {"0.0006": {"learning_rate": 6e-4}, "0.0003": {"learning_rate": 3e-4}},
+            ),
+        ),
+        (
             "noise",
             "how far single runs of 66M tokens spread: by initialisation, by order, with a warm-up that starts at 1/W",
             (

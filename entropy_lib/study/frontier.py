@@ -2,7 +2,8 @@
 
 Two baselines, since a saving depends on what it is held against: GPT-2's blocks as the engine gives them, and at their
 best, every operation by the cheapest method that computes the same function for any logits. All other models are priced
-at their best. Perplexities are held against SM+LN+G at its best, with GPT-2's scaled start.
+at their best. Perplexities are held against SM+LN+G at its best, with GPT-2's scaled start. A model that was trained
+with another learning rate than the paper's has a row of its own.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ BUDGETS = {"66M": SHORT, "200M": FULL}
 T = 128
 # largest gap to the baseline, and shares of its bytes as given and at its best; whether exponentials are allowed
 GOALS = {"A": (0.0, 0.09, 0.31, True), "B": (0.03, 0.08, 0.27, True), "C": (0.06, 0.05, 0.18, False)}
-_NOT_COMPARED = ("micro_batch", "entropy_every", "eval_every", "checkpoint_every")  # they change no weights
+# They change no weights; and the learning rate, which rows tell apart.
+_NOT_COMPARED = ("micro_batch", "entropy_every", "eval_every", "checkpoint_every", "learning_rate")
 
 
 def frontier(tokens: str = "200M", runs: str | Path = "data/runs") -> pd.DataFrame:
     """One row a model that started as GPT-2 does, GPT-2 small at T = 128.
 
-    Columns: perplexity (mean over seeds), spread (sample standard deviation), runs; gap to SM+LN+G and its standard
-    error; recall (NaN where no run has it); softmax heads in all; MB of the twelve blocks at their best, as shares of
-    GPT-2's as given and at its best; MB of the rest (embedding, last LayerNorm, vocabulary) for all tokens, and for one
-    that is generated. ValueError for a budget that is none of BUDGETS, and without a record of the baseline.
+    Columns: perplexity (mean over seeds; NaN if every run collapsed), spread (sample standard deviation), runs that
+    finished, runs that collapsed; gap to SM+LN+G and its standard error; recall (NaN where no run has it); softmax
+    heads in all; MB of the twelve blocks at their best, as shares of GPT-2's as given and at its best; MB of the rest
+    (embedding, last LayerNorm, vocabulary) for all tokens, and for one that is generated. ValueError for a budget that
+    is none of BUDGETS, and without a record of the baseline.
     """
     if tokens not in BUDGETS:
         raise ValueError(f"unknown budget {tokens!r}; choose from {', '.join(BUDGETS)}")
@@ -47,24 +50,25 @@ def frontier(tokens: str = "200M", runs: str | Path = "data/runs") -> pd.DataFra
     planned = {run.record: run for experiment in EXPERIMENTS.values() for run in experiment.runs}.values()
     planned = [run for run in planned if _weighing(get_recipe(run.recipe, **run.changes)) == wanted]
     planned = [run for run in planned if (run.size, run.corpus, run.norm_placement) == ("gpt2", "pypi-medium", None)]
-    records: dict[str, list[RunRecord]] = {name: [] for name in (*VARIANTS, *PRIVATE_VARIANTS)}
+    records: dict[tuple[str, float], list[RunRecord]] = {}
     for record in on_record(planned, runs):
-        records[record.variant].append(record)
-    if not records[BASELINE]:
+        records.setdefault((record.variant, record.recipe["learning_rate"]), []).append(record)
+    rate = get_recipe("paper").learning_rate
+    base = [record.eval_perplexity for record in records.get((BASELINE, rate), ()) if record.finished]
+    if not base:
         raise ValueError(f"no record of {BASELINE} with {tokens} tokens and a scaled start: gaps have no baseline")
-    base = [record.eval_perplexity for record in records[BASELINE]]
     given, best = block_megabytes(BASELINE, AS_GIVEN), block_megabytes(BASELINE, AT_BEST)
+    order = [*VARIANTS, *PRIVATE_VARIANTS]
     rows = {}
-    for name, found in records.items():
-        ppl = [record.eval_perplexity for record in found if record.finished]
-        if not ppl:
-            continue
-        recalls = [record.recall for record in found if record.recall is not None]
+    for (name, learning_rate), found in sorted(records.items(), key=lambda x: (order.index(x[0][0]), -x[0][1])):
+        ppl = [record.eval_perplexity for record in found if record.finished] or [math.nan]
+        recalls = [record.recall for record in found if record.finished and record.recall is not None]
         megabytes = block_megabytes(name, AT_BEST)
-        rows[name] = {
+        rows[name if learning_rate == rate else f"{name} at {learning_rate:g}"] = {
             "perplexity": np.mean(ppl),
             "spread": _std(ppl),
-            "runs": len(ppl),
+            "runs": sum(record.finished for record in found),
+            "collapsed": sum(not record.finished for record in found),
             "gap": np.mean(ppl) / np.mean(base) - 1,
             "standard error": math.hypot(_std(ppl) / len(ppl) ** 0.5, _std(base) / len(base) ** 0.5) / np.mean(base),
             "recall": np.mean(recalls) if recalls else math.nan,
@@ -79,20 +83,25 @@ def frontier(tokens: str = "200M", runs: str | Path = "data/runs") -> pd.DataFra
 
 
 def goals(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a goal: the model within its bytes that is nearest to the baseline, and by how much it is missed."""
+    """One row a goal: the model within its bytes that is nearest to the baseline, and by how much it is missed.
+
+    A model that collapsed in one of its runs reaches no goal.
+    """
     rows = {}
     for goal, (gap, given, best, exponentials) in GOALS.items():
         fits = table[(table["of GPT-2 as given"] <= given) & (table["of GPT-2 at its best"] <= best)]
         if not exponentials:
             fits = fits[fits["softmax heads"] == 0]
+        stable = fits[fits["collapsed"] == 0]
         row = {"at most": f"{gap:+.0%}, {given:.2f} / {best:.2f}" + ("" if exponentials else ", no exponential")}
-        if len(fits):
-            nearest = fits.loc[fits["gap"].idxmin()]
+        if len(stable):
+            nearest = stable.loc[stable["gap"].idxmin()]
             row |= {"model": nearest.name, **nearest[["gap", "standard error", "runs", "recall"]]}
             row |= nearest[["of GPT-2 as given", "of GPT-2 at its best"]].to_dict()
             row["outcome"] = "reached" if nearest["gap"] <= gap else f"missed by {nearest['gap'] - gap:.1%}"
         else:
-            row["outcome"] = "no model on record is within its bytes"
+            unstable = f": collapsed in one run or more: {', '.join(fits.index)}" if len(fits) else ""
+            row["outcome"] = f"no model on record is within its bytes{' and stable' if unstable else ''}{unstable}"
         rows[goal] = row
     return pd.DataFrame.from_dict(rows, orient="index")
 

@@ -3,10 +3,12 @@
 import json
 
 import pytest
+from running import private_environment  # noqa: F401
 
 from entropy_lib.private_inference import __main__ as command
 from entropy_lib.private_inference import measure
 from entropy_lib.private_inference.architecture import operations
+from entropy_lib.private_inference.fitting import DATA
 
 
 @pytest.fixture
@@ -114,8 +116,19 @@ def test_the_command_prints_parts_and_writes_a_record(monkeypatch, tmp_path, cap
         return TwoPartyResult(None, 1e-4, protocol, [{**step, "messages": 3}])
 
     monkeypatch.setattr(command, "run_two_party", run_two_party)
+    assert command.main(["--variant", "SM(0,0,1)+LN(a)+R+V", "--layers", "3", "--tokens", "8"]) == 0  # folds
     assert command.main(["--tokens", "8", "--output", str(tmp_path / "r.json")]) == 0
     assert "2.5 MB, 1.5 s, logits within 1.0e-04" in capsys.readouterr().out
     assert json.loads((tmp_path / "r.json").read_text())["steps"][0]["bytes"] == 2_500_000
     assert command.main(["--variant", "SM+X"]) == 2
     assert "unknown variant 'SM+X'" in capsys.readouterr().err
+
+
+@pytest.mark.xdist_group("parties")
+def test_the_command_continues_the_text_as_the_model_alone(private, tmp_path):
+    arguments = ["--model", str(DATA / "models" / "ereg-tiny"), "--text", "def ", "--generate", "2"]
+    arguments += ["--protocol", "SEMI2K", "--method", "optimized", "--output", str(tmp_path / "r.json")]
+    assert command.main(arguments) == 0
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["equal"]
+    assert len(record["generated"]) == 2

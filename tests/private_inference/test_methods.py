@@ -16,7 +16,7 @@ from entropy_lib.private_inference import measure, two_party
 from entropy_lib.private_inference.costs import inference_cost, price_book
 from entropy_lib.private_inference.fitting import DATA, fit_methods, fit_quartic
 from entropy_lib.private_inference.measure import block_architectures
-from entropy_lib.private_inference.methods import METHODS, apply_method, book_name, logit_spread, own_operations
+from entropy_lib.private_inference.methods import METHODS, apply_method, book_name, own_operations
 from entropy_lib.private_inference.parties import run_plan
 from entropy_lib.private_inference.two_party import run_two_party
 
@@ -168,29 +168,14 @@ def test_polynomials_have_the_stated_error_and_none_has_less():
         assert error < 1.05 * fit_quartic(z / halved, np.exp(z), halved, scale)[1]
 
 
-def test_spread_of_the_scores_is_that_of_the_definition():
-    model = tiny_model("SM(t)+ScFuFFN")
-    found = logit_spread(model, IDS)
-    assert found.shape == (2, 2)
-    assert not model.training
-    with torch.no_grad():
-        x = model.transformer.wte(IDS) + model.transformer.wpe.weight[: len(IDS)]
-        attention = model.transformer.h[0].attn
-        query, key, _ = attention.c_attn(x).split(32, 1)
-        for head in range(2):
-            own = slice(16 * head, 16 * head + 16)
-            scores = query[:, own] @ key[:, own].T / 4 * torch.exp(-attention.log_temperature[head, : len(IDS), None])
-            far = max((row[: i + 1] - row[: i + 1].mean()).abs().max().item() for i, row in enumerate(scores))
-            assert found[0, head].item() == pytest.approx(far, rel=1e-6)
-
-
-def test_scores_that_spread_too_far_are_refused_before_anything_starts(monkeypatch):
+def test_logits_that_reach_too_far_are_refused_before_anything_starts(monkeypatch):
     monkeypatch.setattr(two_party, "run_plan", lambda *_, **__: pytest.fail("started"))
     model = tiny_model("SM(t)+ScFuFFN", temperature_init=1e-3)
-    assert logit_spread(model, IDS).max() > 12
-    for spread in (None, 12.1, math.inf, torch.tensor([[3.0, math.nan], [13.0, 2.0]])):
-        with pytest.raises(ValueError, match=r"bears scores up to 12 from the mean.*use method 'optimized'"):
+    for spread in (None, 12.1, math.inf, math.nan):
+        with pytest.raises(ValueError, match=r"bears logits up to 12 from the mean.*use method 'optimized'"):
             run_two_party(model, IDS, method="bounded logits", spread=spread)
+    assert not model.training
+    assert model.config._attn_implementation == tiny_model("SM(t)+ScFuFFN").config._attn_implementation
     with pytest.raises(ValueError, match="unknown method 'fast'; choose from as given, optimized, bounded logits"):
         run_two_party(model, IDS, method="fast")
 
