@@ -16,11 +16,11 @@ from entropy_lib.variants import PRIVATE_VARIANTS, VARIANTS, Variant
 
 _WORKSHOP = {
     "EntropyRegularizedTrainer": "entropy_lib.regularized_trainer",
-    "load_corpus": "entropy_lib.study.corpus",
-    "EntropyTrainer": "entropy_lib.study.training",
-    "Recipe": "entropy_lib.study.training",
-    "train_variant": "entropy_lib.study.training",
-    "RunRecord": "entropy_lib.study.runs",
+    "load_corpus": "entropy_lib.training.corpus",
+    "EntropyTrainer": "entropy_lib.training.train",
+    "Recipe": "entropy_lib.training.train",
+    "train_variant": "entropy_lib.training.train",
+    "RunRecord": "entropy_lib.training.records",
     "inference_cost": "entropy_lib.private_inference.costs",
     "run_two_party": "entropy_lib.private_inference.two_party",
 }

@@ -98,6 +98,7 @@ PRIVATE_VARIANTS: dict[str, Variant] = {
         Variant("SM+LN(a)+R", layer_norm=True, annealed_layer_norm=True, ffn_activation="relu"),
         Variant("SM(3)+LN+G+V", dynamic_heads=(3,), layer_norm=True, ffn_activation="gelu_new", value_residual=True),
         Variant("SM(3)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(3,)),
+        Variant("SM(2)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(2,)),
         Variant("SM(1)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(1,)),
         Variant("SM(0,0,1)+LN(a)+R+V", **_PRIVATE, dynamic_heads=(0, 0, 1)),
         Variant("SM(0,0,1)+LN(a)+R(2d)+V", **_PRIVATE, dynamic_heads=(0, 0, 1), ffn_multiple=2),

@@ -26,16 +26,24 @@ from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from entropy_lib import VARIANTS, EntropyGPT2Config, build_model, inference_cost, record_entropy
-from entropy_lib.study.corpus import load_corpus
-from entropy_lib.study.global_state import OwnDraws
-from entropy_lib.study.recipes import Recipe, training_arguments
-from entropy_lib.study.runs import compare, load_runs
-from entropy_lib.study.trainer import EntropyTrainer, TokenBlocks, collate_blocks
-from entropy_lib.study.training import train_variant
+from entropy_lib.training.corpus import load_corpus
+from entropy_lib.training.global_state import OwnDraws
+from entropy_lib.training.recipe import Recipe, training_arguments
+from entropy_lib.training.records import compare, load_runs
+from entropy_lib.training.train import train_variant
+from entropy_lib.training.trainer import EntropyTrainer, TokenBlocks, collate_blocks
 
 pytest.importorskip("ipywidgets")
 from entropy_lib import explore
-from entropy_lib.explore import attention_logits, figures, inspector, playground, static_picture, tiny_model
+from entropy_lib.explore import (
+    attention_logits,
+    figures,
+    inspector,
+    playground,
+    recorded_runs,
+    static_picture,
+    tiny_model,
+)
 
 EREG = "EReg(SM(t)+ScFuFFN)"
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -225,7 +233,7 @@ CALLS = {
     "read_attention": lambda **_: inspector.read_attention(*MODEL_AND_TOKENIZER, "a b c"),
     "load_tiny_model": lambda **_: tiny_model.load_tiny_model(),
     "show": lambda monkeypatch, **_: shown(monkeypatch),
-    "compare": lambda **_: compare(load_runs(figures._ROOT / "data" / "runs" / "table3")),
+    "compare": lambda **_: compare(load_runs(recorded_runs.RUNS / "table3")),
     "inference_cost": lambda **_: inference_cost(EntropyGPT2Config(**VARIANTS[EREG].config_fields()), 128),
 }  # fmt: skip
 

@@ -12,7 +12,6 @@ import pickle
 import subprocess
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from entropy_lib import (
     fold_for_inference,
     record_entropy,
 )
+from entropy_lib.explore.tiny_model import TINY
 from entropy_lib.modeling import MODEL_SIZES, EntropyGPT2LMHeadModel
 
 VOCAB, CONTEXT = 97, 24
@@ -352,7 +352,7 @@ AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)
 def test_a_saved_model_is_loaded_by_who_never_heard_of_entropy_lib(tiny_model, tmp_path):
     model, ids = fold_for_inference(tiny_model(EREG)), tokens()
     model.save_pretrained(tmp_path / "saved")
-    committed = Path(__file__).parents[1] / "data" / "models" / "ereg-tiny"
+    committed = TINY
     command = [sys.executable, "-c", WITHOUT_ENTROPY_LIB, tmp_path / "saved", tmp_path / "again", committed]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     told = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
-from entropy_lib.study.reproduction import markdown
+from paper.tables import markdown
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
 SECTION = re.search(r"^## Use it in your training script$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]

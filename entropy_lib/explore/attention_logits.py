@@ -1,11 +1,7 @@
-"""Attention logits to look at: of any transformers model, and a small committed sample.
-
-`python -m entropy_lib.explore.attention_logits` trains a tiny model on the committed corpus and writes the sample.
-"""
+"""Attention logits to look at: of any transformers model, and a small sample (see data/make/attention_logits.py)."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,19 +15,8 @@ from transformers import PreTrainedModel
 
 from entropy_lib.recording import _configs
 
-SAMPLE = Path(__file__).resolve().parents[2] / "data" / "attention_logits" / "tiny.npz"
+SAMPLE = Path(__file__).with_name("attention_logits.npz")
 _FLOOR = math.log(torch.finfo(torch.float32).tiny)  # -87.3 nats
-_TEXT = '''def area(radius):
-    """Return the area of a circle."""
-    if radius < 0:
-        raise ValueError("radius must not be negative")
-    return math.pi * radius ** 2
-
-
-def volume(radius, height):
-    """Return the volume of a cylinder."""
-    return area(radius) * height
-'''
 
 
 @dataclass(frozen=True)
@@ -101,7 +86,7 @@ def logits_of(model, tokenizer, text: str) -> AttentionLogits:
 
 
 def read_logits(path: str | Path = SAMPLE) -> AttentionLogits:
-    """Logits as `write_logits` left them."""
+    """Logits as data/make/attention_logits.py writes them."""
     with np.load(path, allow_pickle=False) as file:
         size = len(file["tokens"])
         lower = torch.from_numpy(file["lower"].astype(np.float32))  # [L, H, T(T+1)/2]
@@ -109,32 +94,3 @@ def read_logits(path: str | Path = SAMPLE) -> AttentionLogits:
         rows, columns = torch.tril_indices(size, size)
         logits[:, :, rows, columns] = lower
         return AttentionLogits(logits, tuple(file["tokens"].tolist()), str(file["origin"]))
-
-
-def write_logits(sample: AttentionLogits, path: str | Path) -> None:
-    """A compressed npz of causal logits: the lower triangles in float16 (good to 3 digits), the tokens, the origin."""
-    size = len(sample.tokens)
-    rows, columns = torch.tril_indices(size, size)
-    lower = sample.logits[:, :, rows, columns].half().numpy()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, lower=lower, tokens=np.array(sample.tokens), origin=np.array(sample.origin))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="train a tiny model on the committed corpus and write its logits")
-    parser.add_argument("--variant", default="SM+LN+G")
-    parser.add_argument("--output", type=Path, default=SAMPLE)
-    arguments = parser.parse_args()
-    from entropy_lib.study.corpus import load_corpus
-    from entropy_lib.study.training import train_variant
-
-    corpus = load_corpus("sample", context_length=128)
-    record = train_variant(arguments.variant, corpus, recipe="smoke")
-    sample = logits_of(record.model, corpus[1], _TEXT)
-    origin = f"{record.variant}, size {record.size}, {record.steps} steps on the corpus sample"
-    write_logits(AttentionLogits(sample.logits, sample.tokens, origin), arguments.output)
-    print(f"{arguments.output}: {list(sample.logits.shape)}, validation loss {record.eval_loss:.3f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("entropy_lib.explore draws with plotly: pip install 'entropy_lib[notebooks]'") from error
 
+from entropy_lib.clone import CLONE
 from entropy_lib.explore.static_picture import HEIGHT, WIDTH, png
 
 COLLAPSE, OVERLOAD, HEALTHY, INK, GRID = "#3B6FB6", "#C8553D", "#8A9099", "#2B2F36", "#E6E8EC"
@@ -34,8 +35,7 @@ VARIANT_COLORS = {
 # fmt: on
 PALETTE = list(VARIANT_COLORS.values())[::-1]  # for other lines, the strongest first
 BANDS = {"below ¼ of the maximum": COLLAPSE, "¼ to ½": "#C3C8CF", "½ to ¾": "#9AA1AB", "¾ and above": OVERLOAD}
-_ROOT = Path(__file__).resolve().parents[2]
-FIGURE_FOLDER = (_ROOT if (_ROOT / "pyproject.toml").is_file() else Path.cwd()) / "build" / "figures"
+FIGURE_FOLDER = (CLONE or Path.cwd()) / "build" / "figures"
 _AXIS_TITLES = {"step": "training step", "tokens": "tokens seen", "loss": "loss (nats per token)"}
 
 

@@ -197,7 +197,7 @@ def attention_inspector(
     if model is not None and tokenizer is None:
         raise ValueError("pass the model's tokenizer too: attention_inspector(model, tokenizer=tokenizer)")
     models = {} if model is None else {f"yours ({type(model).__name__})": (model, tokenizer)}
-    return AttentionInspector({**models, f"{TINY} (recorded)": load_tiny_model()}, text, max_tokens)
+    return AttentionInspector({**models, f"{TINY.name} (recorded)": load_tiny_model()}, text, max_tokens)
 
 
 def _quoted(token: str) -> str:

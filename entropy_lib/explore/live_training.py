@@ -14,8 +14,8 @@ from collections.abc import Callable
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from entropy_lib.study.recipes import Recipe
-from entropy_lib.study.training import Corpus, train_variant
+from entropy_lib.training.recipe import Recipe
+from entropy_lib.training.train import Corpus, train_variant
 
 SECONDS_BETWEEN_LOOKS = 0.3  # a redraw takes tens of milliseconds from the training
 

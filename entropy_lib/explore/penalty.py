@@ -14,7 +14,7 @@ from entropy_lib.explore.controls import Explorer, below_inside_above, dropdown,
 from entropy_lib.explore.figures import COLLAPSE, HEALTHY, IN_NATS, INK, OVERLOAD, _mark, go, make_subplots
 from entropy_lib.explore.recorded_runs import label, recorded
 from entropy_lib.regularization import EntropyRegularization
-from entropy_lib.study.runs import RunRecord
+from entropy_lib.training.records import RunRecord
 
 POINTS = 161  # of the curves
 CURVES, OUTSIDE = (3, 7), ((1, 0), (2, 2))  # traces: each curve is followed by its heads; marks on the map, their state

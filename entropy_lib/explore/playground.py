@@ -14,9 +14,9 @@ from entropy_lib.explore.figures import COLLAPSE, OVERLOAD, PALETTE, VARIANT_COL
 from entropy_lib.explore.live_training import LiveRun
 from entropy_lib.explore.playground_figure import MAX_RUNS, empty_figure
 from entropy_lib.modeling import MODEL_SIZES
-from entropy_lib.study.corpus import load_corpus, unigram_entropy
-from entropy_lib.study.recipes import Recipe, get_recipe
-from entropy_lib.study.training import Corpus
+from entropy_lib.training.corpus import load_corpus, unigram_entropy
+from entropy_lib.training.recipe import Recipe, get_recipe
+from entropy_lib.training.train import Corpus
 from entropy_lib.variants import VARIANTS, get_variant
 
 DASHES = (

@@ -9,8 +9,7 @@ from entropy_lib.explore.cost_figures import PART_COLORS
 from entropy_lib.explore.figures import INK, _dress, _plain, go, make_subplots
 from entropy_lib.modeling import EntropyGPT2Config
 from entropy_lib.private_inference.architecture import Architecture
-from entropy_lib.private_inference.costs import BOOKS, InferenceCost, inference_cost, price_book
-from entropy_lib.private_inference.fitting import printed_cells
+from entropy_lib.private_inference.costs import InferenceCost, book_names, inference_cost, price_book, printed_cells
 from entropy_lib.private_inference.network import NETWORKS
 from entropy_lib.variants import VARIANTS, get_variant
 
@@ -31,7 +30,7 @@ class CostExplorer(Explorer):
 
     def __init__(self, variant: str, prices: str, network: str | None, context_length: int):
         get_variant(variant)
-        books = sorted((path.stem for path in BOOKS.glob("*.json")), key=[*BOOK_LABELS, ""].index)
+        books = sorted(book_names(), key=[*BOOK_LABELS, ""].index)
         networks = [(NO_NETWORK, None)]
         networks += [
             (f"{n.name}: {n.bandwidth / 1e6:g} Mbit/s, {n.latency * 1e3:g} ms", n.name) for n in NETWORKS.values()

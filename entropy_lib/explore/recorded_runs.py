@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from entropy_lib.clone import CLONE
 from entropy_lib.entropy import diagnose, entropy_bands
 from entropy_lib.explore.controls import Explorer, coloured, dropdown, legible, row, slider, widgets
 from entropy_lib.explore.figures import (
@@ -22,9 +23,9 @@ from entropy_lib.explore.figures import (
     make_subplots,
     sample_colorscale,
 )
-from entropy_lib.study.runs import RunRecord, load_runs
+from entropy_lib.training.records import RunRecord, load_runs
 
-RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
+RUNS = CLONE / "data" / "runs" if CLONE else Path(__file__).with_name("example_runs")
 SIDES = ("left", "right")
 SYMBOLS = {"thresholds": "θ", "temperatures": "t", "alpha": "α", "beta": "β"}  # of a history's columns
 HEADS, BARS, LEARNED, LOSS, LAYERS = 0, 2, 6, 8, 10  # first trace of each kind; the left run's, then the right one's
@@ -34,7 +35,8 @@ DASHES = ["solid", "4px,2px"]  # of the left run and the right one: told apart w
 def recorded(records: RunRecord | Sequence[RunRecord] | None) -> list[RunRecord]:
     """Records as a list; None for those in data/runs, Table 3 first and in every folder collapsed runs last."""
     if records is None:
-        records = sorted(load_runs(RUNS), key=lambda r: (r.path.parent != RUNS / "table3", r.path.parent, _rank(r)))
+        records = load_runs(RUNS)
+        records.sort(key=lambda r: (r.path.parent != RUNS / "table3", r.path.parent, _rank(r)))
     records = [records] if isinstance(records, RunRecord) else list(records)
     if not records:
         raise ValueError("no run records to explore")

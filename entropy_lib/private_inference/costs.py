@@ -6,28 +6,29 @@ import html
 import json
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
+from importlib.resources import files
 
 from entropy_lib.private_inference.architecture import PARTS, Architecture, Operation, operations
 from entropy_lib.private_inference.network import NETWORKS, Network
 
-BOOKS = Path(__file__).resolve().parents[2] / "data" / "private_inference" / "prices"
-ORIGIN = "it comes with a clone of the repository, from which `pip install --editable` installs"
-
-
-def read_json(path: Path) -> dict:
-    """A file of data/. FileNotFoundError if it is missing, ValueError if it is torn; both say where it comes from."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: {ORIGIN}") from None
-    except ValueError:
-        raise ValueError(f"{path} is not whole: {ORIGIN}") from None
+BOOKS = files("entropy_lib.private_inference") / "prices"
+PAPER_TABLES = files("entropy_lib") / "paper_tables.json"
+_PRINTED = {  # layers, T, vocabulary
+    "table3_codeparrot_T128": (12, 128, 50257),
+    "table4_languini_T512": (12, 512, 16384),
+    "table7_codeparrot_T256": (12, 256, 50257),
+    "table8_codeparrot_L18_T128": (18, 128, 50257),
+}
+_CHANGES = {
+    "SM+LN+G": {},
+    "SM+LN+R": {"activation": "relu"},
+    "SM+ScFuFFN": {"layer_norm": False, "activation": "linear", "fused": True, "scaled": True},
+}
 
 
 @dataclass(frozen=True)
 class PriceBook:
-    """Unit prices of one engine, read from data/private_inference/prices.
+    """Unit prices of one engine, read from `prices` beside this file.
 
     `bytes` and `seconds`: operation (see `Operation.name`; "vocabulary projection" where it differs from "linear") ->
     unit ("in", "out", "element", "row") -> price. Seconds are the busier party's processor time or, if
@@ -42,7 +43,7 @@ class PriceBook:
     bytes: dict[str, dict[str, float]] = field(repr=False)
     seconds: dict[str, dict[str, float]] = field(repr=False)
     rounds: dict[str, float] = field(repr=False)
-    factors: dict[str, dict[str, float]] = field(repr=False, default_factory=dict)  # the paper's, see `fitting`
+    factors: dict[str, dict[str, float]] = field(repr=False, default_factory=dict)  # the paper's: data/make/prices.py
     method: str = "as given"
 
     def price(self, operation: Operation, table: dict[str, dict[str, float]]) -> float:
@@ -56,15 +57,34 @@ class PriceBook:
         return sum(price * units[unit] for unit, price in prices.items())
 
 
+def paper_tables() -> dict:
+    """The figures that the paper prints (arXiv 2501.03489v2), by table."""
+    return json.loads(PAPER_TABLES.read_text(encoding="utf-8"))
+
+
+def printed_cells():
+    """(table, variant, Architecture, T, printed values) of Tables 3, 4, 7 and 8.
+
+    The paper prints the final model at the price of SM+ScFuFFN, so its temperature is not priced here either.
+    """
+    tables = paper_tables()
+    for table, (layers, length, vocabulary) in _PRINTED.items():
+        for variant, values in tables[table].items():
+            change = _CHANGES["SM+ScFuFFN" if variant.startswith("EReg") else variant]
+            yield table, variant, Architecture(layers=layers, vocabulary=vocabulary, **change), length, values
+
+
+def book_names() -> list[str]:
+    return sorted(path.name.removesuffix(".json") for path in BOOKS.iterdir())
+
+
 def price_book(name: str) -> PriceBook:
     """A book by its name or an unambiguous beginning of it, e.g. "spu-0.9.5"; ValueError lists the names."""
-    names = sorted(path.stem for path in BOOKS.glob("*.json"))
-    if not names:
-        raise FileNotFoundError(f"no price books in {BOOKS}: {ORIGIN.replace('it comes', 'they come')}")
+    names = book_names()
     found = [known for known in names if known == name] or [n for n in names if n.startswith(str(name))]
     if len(found) != 1:
         raise ValueError(f"unknown price book {name!r}; choose from {', '.join(names)}")
-    return PriceBook(name=found[0], **read_json(BOOKS / f"{found[0]}.json"))
+    return PriceBook(name=found[0], **json.loads((BOOKS / f"{found[0]}.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
+from entropy_lib.clone import CLONE
 from entropy_lib.private_inference.network import Relay
 
-ROOT = Path(__file__).resolve().parents[2]
 PARTY = Path(__file__).with_name("party.py")
 VARIABLE = "ENTROPY_LIB_PRIVATE_PYTHON"
 ENGINE = "0.9.5"
@@ -44,7 +44,7 @@ def private_python() -> str:
     Raises ImportError, saying what to do, if there is none or the engine (spu 0.9.5) is not installed there.
     """
     chosen = os.environ.get(VARIABLE)
-    python = Path(chosen) if chosen else ROOT / ".venv-private" / "bin" / "python"
+    python = Path(chosen) if chosen else (CLONE or Path.cwd()) / ".venv-private" / "bin" / "python"
     advice = f"run `make private`, or set {VARIABLE} to a Python 3.10 or 3.11 with spu=={ENGINE}"
     ask = (
         "import sys, importlib.metadata as m\n"

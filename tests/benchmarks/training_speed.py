@@ -4,7 +4,7 @@
 
 The same model (SM(t)+ScFuFFN with thresholds) takes the same optimiser steps once on cross-entropy alone, with
 scaled_dot_product_attention, and once with the entropy penalty, through `entropy_attention`. The baseline SM+LN+G
-comes last. These are bare loops: what `python -m entropy_lib.study` reaches is held against them.
+comes last. These are bare loops: what `python -m entropy_lib.training` reaches is held against them.
 """
 
 from __future__ import annotations

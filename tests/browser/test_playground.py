@@ -5,9 +5,9 @@ import time
 import pytest
 from window import Window
 
-from entropy_lib.study.corpus import load_corpus
-from entropy_lib.study.recipes import get_recipe
-from entropy_lib.study.training import train_variant
+from entropy_lib.training.corpus import load_corpus
+from entropy_lib.training.recipe import get_recipe
+from entropy_lib.training.train import train_variant
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The penalty explorer shows the library's own penalty, gradient and counts, whatever its controls say."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +10,9 @@ from entropy_lib import EntropyRegularization, max_entropy
 
 pytest.importorskip("ipywidgets")
 explore = pytest.importorskip("entropy_lib.explore")
-from entropy_lib.explore.recorded_runs import recorded  # noqa: E402
-from entropy_lib.study.runs import RunRecord, load_runs  # noqa: E402
+from entropy_lib.explore.recorded_runs import RUNS, recorded  # noqa: E402
+from entropy_lib.training.records import RunRecord, load_runs  # noqa: E402
 
-RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
 PENALTY, GRADIENT = 3, 7  # traces: curves, each followed by its heads below, inside and above
 
 

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from entropy_lib.entropy import diagnose
-from entropy_lib.study.recipes import Recipe
-from entropy_lib.study.trainer import EntropyTrainer
-from entropy_lib.study.training import train_variant
+from entropy_lib.training.recipe import Recipe
+from entropy_lib.training.train import train_variant
+from entropy_lib.training.trainer import EntropyTrainer
 
 pytest.importorskip("ipywidgets")
 playground = pytest.importorskip("entropy_lib.explore.playground", exc_type=ImportError)

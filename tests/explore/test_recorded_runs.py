@@ -11,7 +11,7 @@ from entropy_lib import diagnose, entropy_bands
 pytest.importorskip("ipywidgets")
 explore = pytest.importorskip("entropy_lib.explore")
 from entropy_lib.explore import recorded_runs as runs  # noqa: E402
-from entropy_lib.study.runs import RunRecord, load_runs  # noqa: E402
+from entropy_lib.training.records import RunRecord, load_runs  # noqa: E402
 
 
 @pytest.fixture(scope="module")

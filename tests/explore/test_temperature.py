@@ -11,6 +11,7 @@ from entropy_lib import attention_entropy, build_model, entropy_from_logits
 pytest.importorskip("ipywidgets")
 explore = pytest.importorskip("entropy_lib.explore")
 from entropy_lib.explore import attention_logits  # noqa: E402
+from make.attention_logits import write_logits  # noqa: E402
 
 MATRIX, ROW, HEADS, CURVE, DOT, SLOPE, AUTOGRAD = 0, 1, 2, 3, 4, 5, 6  # traces
 
@@ -97,7 +98,7 @@ def test_the_committed_sample_is_there_and_small(tmp_path):
     explorer = explore.temperature_explorer()
     np.testing.assert_allclose(explorer.figure.data[HEADS].z, entropy_at(sample.logits, 1.0), atol=1e-5)
     assert "nan" not in explorer.status.value
-    attention_logits.write_logits(sample, tmp_path / "again.npz")
+    write_logits(sample, tmp_path / "again.npz")
     again = attention_logits.read_logits(tmp_path / "again.npz")
     assert torch.equal(again.logits, sample.logits)
     assert (again.tokens, again.origin) == (sample.tokens, sample.origin)

@@ -24,12 +24,11 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from entropy_lib import EntropyGPT2Config, build_model, inference_cost
-from entropy_lib.private_inference import costs, fitting
+from entropy_lib.private_inference import costs
 from entropy_lib.private_inference.architecture import PARTS, Architecture, operations
-from entropy_lib.private_inference.fitting import DATA, fit_measured, fit_paper, printed_cells
 from entropy_lib.private_inference.network import NETWORKS, Network
-from entropy_lib.study import reproduction
 from entropy_lib.variants import VARIANTS
+from make.prices import DATA, fit_measured, fit_paper, printed_cells
 
 CELLS = [pytest.param(a, t, v, id=f"{table}-{variant}") for table, variant, a, t, v in printed_cells()]
 MEASURED = "spu-0.9.5-cheetah"
@@ -104,7 +103,7 @@ def test_books_say_where_they_come_from():
 
 def test_measured_prices_reproduce_the_measured_blocks():
     """Unit prices come from operations alone; whole blocks are an independent check of them and of the sums."""
-    from entropy_lib.private_inference.measure import block_architectures
+    from make.measure import block_architectures
 
     blocks = json.loads((DATA / "private_inference" / f"measured-{MEASURED}.json").read_text())["blocks"]
     assert blocks
@@ -311,23 +310,6 @@ def test_scaling_costs_a_product_where_layernorm_keeps_it_out_of_the_weights():
     assert (
         inference_cost(paid, 16, MEASURED).bytes["FFN linear"] > inference_cost(free, 16, MEASURED).bytes["FFN linear"]
     )
-
-
-def test_without_the_data_one_sentence_says_where_it_comes_from(monkeypatch, tmp_path):
-    monkeypatch.setattr(costs, "BOOKS", tmp_path / "prices")
-    monkeypatch.setattr(fitting, "DATA", tmp_path)
-    monkeypatch.setattr(reproduction, "PAPER_TABLES", tmp_path / "paper_tables.json")
-    calls = [
-        lambda: inference_cost(SMALL, 16), lambda: next(printed_cells()), fitting.main,
-        lambda: reproduction.paper_ppl("table3"),
-    ]  # fmt: skip
-    for call in calls:
-        with pytest.raises(FileNotFoundError, match=f"{tmp_path}.*come.? with a clone of the repository"):
-            call()
-    (tmp_path / "prices").mkdir()
-    (tmp_path / "prices" / "paper.json").write_text('{"source": "fit')
-    with pytest.raises(ValueError, match=r"paper.json is not whole: it comes with a clone"):
-        inference_cost(SMALL, 16)
 
 
 def test_a_short_name_is_enough_if_it_is_one_book():

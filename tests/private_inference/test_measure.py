@@ -5,10 +5,10 @@ import json
 import pytest
 from running import private_environment  # noqa: F401
 
+from entropy_lib.explore.tiny_model import TINY
 from entropy_lib.private_inference import __main__ as command
-from entropy_lib.private_inference import measure
 from entropy_lib.private_inference.architecture import operations
-from entropy_lib.private_inference.fitting import DATA
+from make import measure
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_an_interrupted_measurement_goes_on(fake, tmp_path, monkeypatch, capsys)
     assert len(fake) == whole
     record = json.loads((tmp_path / "record.json").read_text())
     assert sum(len(record[section]) for section in ("operations", "rounds", "blocks")) == whole
-    assert record["command"].endswith("measure")
+    assert record["command"] == "python data/make/measure.py"
     assert measure.main(arguments) == 0
     assert len(fake) == whole  # nothing was measured twice
 
@@ -126,7 +126,7 @@ def test_the_command_prints_parts_and_writes_a_record(monkeypatch, tmp_path, cap
 
 @pytest.mark.xdist_group("parties")
 def test_the_command_continues_the_text_as_the_model_alone(private, tmp_path):
-    arguments = ["--model", str(DATA / "models" / "ereg-tiny"), "--text", "def ", "--generate", "2"]
+    arguments = ["--model", str(TINY), "--text", "def ", "--generate", "2"]
     arguments += ["--protocol", "SEMI2K", "--method", "optimized", "--output", str(tmp_path / "r.json")]
     assert command.main(arguments) == 0
     record = json.loads((tmp_path / "r.json").read_text())

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from running import private_environment, started_processes  # noqa: F401
 
+from entropy_lib.clone import CLONE as ROOT
 from entropy_lib.private_inference import parties
 from entropy_lib.private_inference.costs import price_book
 from entropy_lib.private_inference.network import Relay
-from entropy_lib.private_inference.parties import ROOT, private_python, run_plan
+from entropy_lib.private_inference.parties import private_python, run_plan
 
 # In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.
 pytestmark = pytest.mark.xdist_group("parties")
@@ -77,7 +78,7 @@ def test_no_interpreter_and_a_broken_one(tmp_path, monkeypatch):
     with pytest.raises(ImportError, match="does not run"):
         private_python()
     monkeypatch.delenv(parties.VARIABLE)
-    monkeypatch.setattr(parties, "ROOT", tmp_path)
+    monkeypatch.setattr(parties, "CLONE", tmp_path)
     with pytest.raises(ImportError, match=r"\.venv-private"):
         private_python()
 

@@ -1,0 +1,25 @@
+"""`python notebooks/paper COMMAND`, each with --help of its own:
+
+experiments  train the runs of a table; what is on record is skipped
+tables       print the paper's tables beside the recorded runs, as Markdown
+frontier     perplexity against bytes between two parties, of every model on record
+"""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+COMMANDS = ("experiments", "tables", "frontier")
+
+
+def main() -> int:
+    command, *arguments = sys.argv[1:] or ["--help"]
+    if command in COMMANDS:
+        sys.path[0] = str(Path(__file__).resolve().parents[1])
+        return import_module(f"paper.{command}").main(arguments)
+    print(__doc__)
+    return 0 if command in ("-h", "--help") else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
