@@ -1,4 +1,4 @@
-"""The project's own files agree with each other: one set of pins, imports that go one way, a core that stays small."""
+"""The project's own files agree with each other: one set of pins, what the README names, what importing loads."""
 
 import ast
 import re
@@ -15,17 +15,6 @@ from rattler import MatchSpec
 ROOT = Path(__file__).resolve().parents[1]
 tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no TOML reader")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-
-# DESIGN: a file imports only from rows below it.
-ROWS = [
-    "entropy kernels annealed_layer_norm static_heads logit_range",
-    "regularization variants operators",
-    "attention weight_normalization",
-    "interface",
-    "recording modeling",
-    "folding regularized_trainer",
-]
-CORE = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 
 
 def pins(lines):
@@ -56,30 +45,6 @@ def test_tested_versions_satisfy_pyproject():
         requirement = Requirement(line)
         version = tested[canonicalize_name(requirement.name)].removeprefix("==")
         assert requirement.specifier.contains(version), f"{line} does not admit the tested {version}"
-
-
-def imports_of(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "entropy_lib":
-            yield from (f"entropy_lib.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-
-
-def test_core_imports_go_down_and_need_torch_and_transformers_only():
-    for name, row in CORE.items():
-        path = ROOT / "entropy_lib" / f"{name}.py"
-        if not path.exists():
-            continue
-        for module in imports_of(path):
-            top = module.split(".")[0]
-            assert top in sys.stdlib_module_names | {"torch", "transformers", "triton", "entropy_lib"}, (
-                f"{name}: {module}"
-            )
-            if top == "entropy_lib":
-                assert CORE[module.split(".")[1]] < row, f"{name} imports {module} from its own row or above"
 
 
 def test_importing_the_package_loads_the_core_only():
