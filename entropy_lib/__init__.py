@@ -1,6 +1,6 @@
 """Attention entropy: measure it, regularise it, and train the variants of "Entropy-Guided Attention for Private LLMs".
 
-The core (entropy, regularisation, attention, models) needs torch and transformers only. Names of the workshop
+The core (entropy, regularisation, attention, models) needs torch and transformers only. Names of the optional parts
 (corpora, training, run records, private inference), and what needs transformers' Trainer, are imported on first use.
 """
 
@@ -14,7 +14,7 @@ from entropy_lib.recording import entropy_callback, record_entropy
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.variants import PRIVATE_VARIANTS, VARIANTS, Variant
 
-_WORKSHOP = {
+_OPTIONAL = {
     "EntropyRegularizedTrainer": "entropy_lib.regularized_trainer",
     "load_corpus": "entropy_lib.training.corpus",
     "EntropyTrainer": "entropy_lib.training.train",
@@ -43,13 +43,13 @@ __all__ = [
     "fold_for_inference",
     "max_entropy",
     "record_entropy",
-    *_WORKSHOP,
+    *_OPTIONAL,
 ]
 
 
 def __getattr__(name: str):
-    if name in _WORKSHOP:
-        return getattr(import_module(_WORKSHOP[name]), name)
+    if name in _OPTIONAL:
+        return getattr(import_module(_OPTIONAL[name]), name)
     raise AttributeError(f"module 'entropy_lib' has no attribute {name!r}")
 
 

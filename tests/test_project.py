@@ -51,7 +51,7 @@ def test_importing_the_package_loads_the_core_only():
     heavy = "datasets pandas plotly ipywidgets tokenizers pyarrow papermill".split()
     code = f"import sys, entropy_lib; print([m for m in {heavy} if m in sys.modules])"
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    # transformers itself may look at tokenizers; nothing else of the workshop may come along
+    # transformers itself may look at tokenizers; nothing else of the optional parts may come along
     assert set(ast.literal_eval(seen.strip().splitlines()[-1])) <= {"tokenizers"}
 
 
@@ -64,13 +64,11 @@ def test_public_names_import_from_the_package():
         _ = entropy_lib.attention_entropi
 
 
-def test_readme_commands_and_paths_exist():
+def test_readme_s_commands_exist():
     readme = (ROOT / "README.md").read_text()
     targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"run", "test", "lab"} <= targets
     assert set(re.findall(r"\bmake ([a-z][\w-]*)", readme)) <= targets
-    for name in re.findall(r"\]\(((?!http)[^)#]+)\)", readme):
-        assert (ROOT / name).exists(), f"README links to {name}"
 
 
 @pytest.mark.parametrize("missing", ["python", "venv"])

@@ -1,5 +1,7 @@
-"""The README's training scripts run as they stand, and its table is that of the records."""
+"""The README's code runs as it stands, its first output is right, its tables are those of the records, its links lead
+somewhere; and it stays short."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,11 +9,39 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
+from entropy_lib.training import train
 from paper.tables import markdown
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
-SECTION = re.search(r"^## Use it in your training script$(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]
-SCRIPTS = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+NOTEBOOKS = (ROOT / "notebooks" / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PAGES = [ROOT / "README.md", *ROOT.glob("notebooks/*.md"), *ROOT.glob("data/**/*.md")]
+
+
+def test_it_is_short():
+    assert len(README.splitlines()) <= 130
+    assert len(README.split()) <= 1300
+    assert README.splitlines().index("```python") < 25
+
+
+def test_the_first_code_prints_what_stands_below_it():
+    code, printed = re.search(r"```python\n(.*?)```\n```\n(.*?)```", README, re.DOTALL).groups()
+    *before, last = ast.parse(code).body
+    names = {}
+    exec(compile(ast.Module(before, []), "README", "exec"), names)
+    assert str(eval(ast.unparse(last), names)) == printed.strip()
+
+
+def test_the_library_in_a_few_lines(monkeypatch, tmp_path):
+    monkeypatch.setenv("ENTROPY_LIB_CACHE", str(tmp_path))
+    recipe = train.get_recipe
+    monkeypatch.setattr(train, "get_recipe", lambda name: recipe(name, steps=2))
+    (code,) = (block for block in BLOCKS if "train_variant" in block)
+    exec(code, names := {})
+    assert names["output"].entropies[0].shape == (2, 4, 128)
+    assert names["penalty"].requires_grad
+    assert names["record"].steps == 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -26,7 +56,7 @@ def test_training_scripts(tmp_path, checkpointing):
     names = {"torch": torch, "model": model, "batch": batch, "loader": [batch, batch], "dataset": dataset}
     names["args"] = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
     names["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with_trainer, own_loop, authors = SCRIPTS
+    with_trainer, own_loop = BLOCKS[-2:]
     for script in (with_trainer, own_loop):
         before = [p.detach().clone() for p in model.parameters()]
         exec(script, names)
@@ -36,6 +66,7 @@ def test_training_scripts(tmp_path, checkpointing):
         assert (thresholds != 0.5).any()
     model.set_attn_implementation("eager")  # the published code needs the matrices
     model.zero_grad()
+    (authors,) = re.findall(r"```python\n(thresholds = .*?compute_loss.*?)```", NOTEBOOKS, re.DOTALL)
     exec(authors, names)
     assert names["thresholds"].grad.abs().sum() > 0
     assert all(p.grad is not None for p in model.parameters())
@@ -43,4 +74,10 @@ def test_training_scripts(tmp_path, checkpointing):
 
 @pytest.mark.parametrize("table", ["table2", "table3"])
 def test_the_tables_are_those_of_the_records(table):
-    assert markdown(table, Path(__file__).resolve().parents[1] / "data" / "runs").strip() in README
+    assert markdown(table, ROOT / "data" / "runs").strip() in (ROOT / "data" / "runs" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for name in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text()):
+        assert (page.parent / name).exists(), name
