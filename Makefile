@@ -48,7 +48,7 @@ test-colab: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PYTHONPATH) --requirement tests/colab_packages.txt
 	$(BIN)/python -c 'import ipywidgets, plotly; print(plotly.__file__, ipywidgets.__file__)' | grep -q 'build/colab.*build/colab'
 	$(BIN)/python -m pytest -W ignore::DeprecationWarning tests/explore
-	$(BIN)/python notebooks/run.py 00_start_here 01_entropy_math 08_explorers --output build/colab_notebooks
+	$(BIN)/python notebooks/run.py 00_start_here 01_entropy_math 09_explorers --output build/colab_notebooks
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks

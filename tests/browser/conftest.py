@@ -16,7 +16,7 @@ from ipykernel.kernelspec import write_kernel_spec
 from window import OUTPUT
 
 ROOT = Path(__file__).resolve().parents[2]
-NOTEBOOK = "08_explorers.ipynb"
+NOTEBOOK = "09_explorers.ipynb"
 GIVEN_UP = "[anywidget] Failed to initialize model."  # on a busy page; without harm, see test_slow_start.py
 # No services of its own over the network, and an empty profile every time (Playwright makes and deletes it).
 QUIET = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
