@@ -2,7 +2,7 @@
 # make test   lint, tests, and the key tables of the committed notebooks
 # make test-colab  the explorers' tests and notebooks with Colab's versions of plotly and ipywidgets
 # make test-browser  drive the explorers in JupyterLab with Debian's Chromium; skipped where there is none
-# make lab    open the notebooks in JupyterLab
+# make lab    open the first notebook in JupyterLab
 # make private  set up .venv-private, the two parties' own environment (Python 3.10 or 3.11, about 1 GB)
 # Each of the others sets up .venv by itself and reinstalls only when pyproject.toml or constraints.txt changed.
 
@@ -51,7 +51,7 @@ test-colab: $(READY)
 	$(BIN)/python notebooks/run.py 00_start_here 01_entropy_math 09_explorers --output build/colab_notebooks
 
 lab: $(READY)
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jupyter lab --notebook-dir notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
 
 # Re-execute the committed notebooks in place and renew the README's picture, eleven minutes on two cores. Without a
 # browser, notebook 03's download or .venv-private their outputs would lose what these give.
@@ -83,6 +83,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) lacks venv or pip: on Debian and Ubuntu, apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[notebooks,test]"
+	$(BIN)/jupyter labextension disable --level=sys_prefix "@jupyterlab/apputils-extension:announcements" # a popup
 	@touch $@
 
 clean:

@@ -1,4 +1,5 @@
-"""Makes this clone importable in a kernel that lacks the companion, such as Colab's; the notebooks' first cell runs it.
+"""Makes this clone importable in a kernel that lacks the companion, such as Colab's, and goes to its notebooks; their
+first cell runs it.
 
 Installs what is missing, and nothing over what KEEP names: those are built for the machine's GPU and for the front
 end that shows the widgets.
@@ -6,7 +7,7 @@ end that shows the widgets.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,7 +15,6 @@ import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import tomllib
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +31,8 @@ def installed(name: str) -> str | None:
 
 def unmet() -> list[Requirement]:
     """What notebooks need and this interpreter lacks. RuntimeError where only an upgrade of KEEP would help."""
+    import tomllib  # not in Python 3.10, where `make` has installed everything
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = [*project["dependencies"], *project["optional-dependencies"]["notebooks"]]
     wanted = [requirement for requirement in map(Requirement, lines) if requirement.name not in LOCAL]
@@ -41,7 +43,17 @@ def unmet() -> list[Requirement]:
     return missing
 
 
+def importable() -> bool:
+    return getattr(importlib.util.find_spec("entropy_lib"), "origin", None) is not None
+
+
 def main() -> None:
+    if not importable():
+        set_up()
+    os.chdir(ROOT / "notebooks")  # the notebooks read ../data
+
+
+def set_up() -> None:
     if missing := unmet():
         print(f"installing {', '.join(map(str, missing))}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -51,7 +63,6 @@ def main() -> None:
             subprocess.run([*command, *map(str, missing)], check=True)
     sys.path.insert(0, str(ROOT))
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    os.chdir(ROOT / "notebooks")  # the notebooks read ../data
     importlib.invalidate_caches()
     if "google.colab" in sys.modules:
         from google.colab import output

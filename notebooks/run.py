@@ -97,8 +97,10 @@ def tidy(notebook):
         "language_info": {"name": "python"},
     }
     for cell in notebook.cells:
+        folded = cell.metadata.get("jupyter", {}).get("source_hidden")
         tags = cell.metadata.get("tags")
-        cell.metadata = {"tags": tags} if tags else {}
+        cell.metadata = {"jupyter": {"source_hidden": True}} if folded else {}
+        cell.metadata |= {"tags": tags} if tags else {}
         for output in cell.get("outputs", []):
             if WIDGET in output.get("data", {}):
                 output["data"] = {"text/plain": "A control: it appears when this cell is run."}
