@@ -1,5 +1,5 @@
-"""The README's code runs as it stands, its first output is right, its tables are those of the records, its links lead
-somewhere; and it stays short."""
+"""The README's code runs as it stands, its first output is right, the tables are those of the records, links and
+commands lead somewhere, no notebook is left out; and it stays short."""
 
 import ast
 import re
@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text()
 NOTEBOOKS = (ROOT / "notebooks" / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PAGES = [ROOT / "README.md", *ROOT.glob("notebooks/*.md"), *ROOT.glob("data/**/*.md")]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def test_it_is_short():
@@ -77,7 +78,23 @@ def test_the_tables_are_those_of_the_records(table):
     assert markdown(table, ROOT / "data" / "runs").strip() in (ROOT / "data" / "runs" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_notebook_has_its_line():
+    assert re.findall(r"^\| \[.*\]\((notebooks/.*\.ipynb)\)", README, re.MULTILINE) == sorted(
+        str(notebook.relative_to(ROOT)) for notebook in ROOT.glob("notebooks/*.ipynb")
+    )
+
+
+@each_page
 def test_links_lead_somewhere(page):
-    for name in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text()):
+    for name in re.findall(r"\]\(((?!http)[^)#]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / name).exists(), name
+
+
+@each_page
+def test_commands_exist(page):
+    text = re.sub(r"^\| `python [^|]*\|", "", page.read_text(), flags=re.MULTILINE)  # what a command was called before
+    for name in re.findall(r"\bpython ([\w./]+)", text):
+        assert (ROOT / name).exists(), name
+    for module in re.findall(r"-m ((?:entropy_lib|tests)[\w.]*)", text):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
