@@ -23,55 +23,14 @@ from pathlib import Path
 import numpy as np
 
 from entropy_lib.private_inference.architecture import Architecture, Operation, operations
+from entropy_lib.private_inference.blocks import block_architectures, private_architectures
 from entropy_lib.private_inference.methods import METHODS, apply_method, book_name, own_operations
 from entropy_lib.private_inference.parties import ENGINE, SETTINGS, run_plan
 from entropy_lib.private_inference.two_party import forward_plan
-from entropy_lib.variants import VARIANTS
 
 DATA = Path(__file__).resolve().parent.parent
 VOCABULARY = 4096  # of the embedding; prices are per element, and the engine takes over 20 GB of memory for 50,257
 DELAY = 0.05  # seconds one way, injected to count rounds
-
-
-_PAPER = ("SM+ScFuFFN", "SM+LN+R", "SM+LN+G", "SM+R", "SM+LN", "SM+ScFFN", "SM+G", "SM(t)+ScFuFFN")
-_BEYOND = {
-    "SM + ReLU²": {"activation": "relu2"},
-    "SM + x²": {"activation": "square"},
-    "SM + x⊙y": {"activation": "bilinear"},
-    "ReLU attention + R": {"activation": "relu", "attention": "relu_attention"},
-    "ReLU attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "relu_attention"},
-    "x² attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "square_attention"},
-    "SM+ScFuFFN, 6 heads": {"activation": "linear", "fused": True, "heads": 6},
-}
-_STATIC = {"layer_norm": False, "activation": "relu"}  # their LayerNorms are annealed
-_PRIVATE = {  # the kinds of blocks of `PRIVATE_VARIANTS`
-    "SM(3)+LN+G+V": {"dynamic_heads": (3,)},
-    "SM(3)+LN(a)+R+V": {**_STATIC, "dynamic_heads": (3,)},
-    "SM(1)+LN(a)+R+V": {**_STATIC, "dynamic_heads": (1,)},
-    "SM(0)+LN(a)+R+V": {**_STATIC, "dynamic_heads": (0,)},
-    "R2(1)+LN(a)+R(2d)+V": {
-        **_STATIC, "dynamic_heads": (1,), "attention": "relu2_attention", "ffn_width": 2 * 768
-    },
-    "SM(0)+LN(a)+R(2d)+V": {**_STATIC, "dynamic_heads": (0,), "ffn_width": 2 * 768},
-}  # fmt: skip
-
-
-def private_architectures() -> dict[str, Architecture]:
-    """One block of each kind of the private family."""
-    return {name: Architecture(1, vocabulary=0, **change) for name, change in _PRIVATE.items()}
-
-
-def block_architectures() -> dict[str, Architecture]:
-    """One block of d = 768 and 12 heads for each of the paper's kinds, and for candidates beyond them."""
-    kinds = {"gelu_new": "gelu"}
-    blocks = {}
-    for name in _PAPER:
-        v = VARIANTS[name]
-        blocks[name] = Architecture(
-            1, vocabulary=0, layer_norm=v.layer_norm, activation=kinds.get(v.ffn_activation, v.ffn_activation),
-            fused=v.fused_ffn, scaled=v.ffn_scaling, tempered=v.learnable_temperature,
-        )  # fmt: skip
-    return blocks | {n: Architecture(1, vocabulary=0, layer_norm=False, **change) for n, change in _BEYOND.items()}
 
 
 def weight_shapes(a: Architecture, context_length: int) -> dict[str, list[int]]:

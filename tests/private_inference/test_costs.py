@@ -26,6 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from entropy_lib import EntropyGPT2Config, build_model, inference_cost
 from entropy_lib.private_inference import costs
 from entropy_lib.private_inference.architecture import PARTS, Architecture, operations
+from entropy_lib.private_inference.blocks import block_architectures
 from entropy_lib.private_inference.network import NETWORKS, Network
 from entropy_lib.variants import VARIANTS
 from make.prices import DATA, fit_measured, fit_paper, printed_cells
@@ -103,7 +104,6 @@ def test_books_say_where_they_come_from():
 
 def test_measured_prices_reproduce_the_measured_blocks():
     """Unit prices come from operations alone; whole blocks are an independent check of them and of the sums."""
-    from make.measure import block_architectures
 
     blocks = json.loads((DATA / "private_inference" / f"measured-{MEASURED}.json").read_text())["blocks"]
     assert blocks

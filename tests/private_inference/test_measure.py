@@ -8,6 +8,7 @@ from running import private_environment  # noqa: F401
 from entropy_lib.explore.tiny_model import TINY
 from entropy_lib.private_inference import __main__ as command
 from entropy_lib.private_inference.architecture import operations
+from entropy_lib.private_inference.blocks import block_architectures
 from make import measure
 
 
@@ -33,7 +34,7 @@ def test_every_kind_of_operation_and_block_is_measured():
     todo = list(measure.tasks(128))
     for section in ("operations", "blocks"):
         seen = {step["operation"] for where, _, plan, _ in todo if where == section for step in plan["steps"]}
-        assert seen >= {o.name for a in measure.block_architectures().values() for o in operations(a, 128)}
+        assert seen >= {o.name for a in block_architectures().values() for o in operations(a, 128)}
     names = {name for section, name, _, _ in todo if section == "blocks"}
     required = ("SM+LN+G", "SM+LN+R", "SM+LN", "SM+G", "SM+R", "SM+ScFFN", "SM+ScFuFFN")
     assert names >= {f"{variant}, T=128" for variant in required}

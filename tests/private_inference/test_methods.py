@@ -13,12 +13,12 @@ from test_two_party import IDS, MEANING, causal_softmax, evaluate, forward, gelu
 
 from entropy_lib import VARIANTS
 from entropy_lib.private_inference import two_party
+from entropy_lib.private_inference.blocks import block_architectures, private_architectures
 from entropy_lib.private_inference.costs import inference_cost, price_book
 from entropy_lib.private_inference.methods import METHODS, apply_method, book_name, own_operations
 from entropy_lib.private_inference.parties import run_plan
 from entropy_lib.private_inference.two_party import run_two_party
 from make import measure
-from make.measure import block_architectures, private_architectures
 from make.prices import DATA, fit_methods, fit_quartic
 
 # In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.

@@ -21,10 +21,11 @@ from entropy_lib import PRIVATE_VARIANTS, VARIANTS, build_model, fold_for_infere
 from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel
 from entropy_lib.private_inference import two_party
 from entropy_lib.private_inference.architecture import Architecture, operations
+from entropy_lib.private_inference.blocks import block_architectures
 from entropy_lib.private_inference.parties import run_plan
 from entropy_lib.private_inference.two_party import forward_plan, generate_two_party, run_two_party, server_weights
 from entropy_lib.variants import NORM_PLACEMENTS
-from make.measure import block_architectures, operation_plan, weight_shapes
+from make.measure import operation_plan, weight_shapes
 
 # In one worker of pytest-xdist, one after the other: these start processes of their own and mind how long they take.
 pytestmark = pytest.mark.xdist_group("parties")
