@@ -1,9 +1,9 @@
 """Execute the companion's notebooks without a browser: `python notebooks/run.py [NOTEBOOK ...] [--scale SCALE]`.
 
 Runs every cell from top to bottom with this interpreter, in the notebook's own folder, `--jobs` notebooks at a time,
-and reports seconds, cells and the assertions that held. Exits with 1 if a notebook failed, with 2 if it was asked
-for something unknown or impossible, before anything ran. What fails in one notebook is reported beside the others'
-results, with its name and cell.
+and reports seconds and cells. Exits with 1 if a notebook failed, with 2 if it was asked for something unknown or
+impossible, before anything ran. What fails in one notebook is reported beside the others' results, with its name, cell
+and line.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import ast
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -20,12 +21,12 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nbformat
 import papermill
 import yaml
 from ipykernel.kernelspec import write_kernel_spec
-from IPython.core.inputtransformer2 import TransformerManager
 from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from papermill.exceptions import PapermillExecutionError
 
@@ -41,25 +42,18 @@ SCALES = {
 SMOKE_CELL_SECONDS = 900  # a cell takes under two minutes at smoke scale; one that hangs must not hold up the rest
 
 
-def parse(source: str) -> ast.Module:
-    return ast.parse(TransformerManager().transform_cell(source))  # without %magics and !commands
-
-
 def find_notebook(name: str) -> Path:
-    """A path, or the name of a notebook of this folder with or without its suffix."""
-    for path in (Path(name), NOTEBOOKS / name, NOTEBOOKS / f"{name}.ipynb"):
+    """A path, or the name of a notebook of this folder, with or without its suffix, or its number."""
+    for path in (
+        Path(name),
+        NOTEBOOKS / name,
+        NOTEBOOKS / f"{name}.ipynb",
+        *NOTEBOOKS.glob(f"{Path(name).name}_*.ipynb"),
+    ):
         if path.suffix == ".ipynb" and path.is_file():
             return path.resolve()
     known = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
     raise ValueError(f"no notebook {name!r}; there are {known}")
-
-
-def parameter_names(path: Path) -> set[str]:
-    """What the cell tagged `parameters` assigns."""
-    cells = [c for c in nbformat.read(path, as_version=4).cells if "parameters" in c.metadata.get("tags", [])]
-    nodes = [node for cell in cells for node in parse(cell.source).body]
-    targets = [t for node in nodes for t in getattr(node, "targets", [getattr(node, "target", None)])]
-    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def parameter_value(name: str, text: str):
@@ -79,15 +73,6 @@ def positive_integer(text: str) -> int:
         if int(text) > 0:
             return int(text)
     raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
-
-
-def count_asserts(notebook) -> int:
-    count = 0
-    for cell in notebook.cells:
-        with suppress(SyntaxError):  # such a cell fails when it is run
-            code = ast.walk(parse(cell.source)) if cell.cell_type == "code" else ()
-            count += sum(isinstance(node, ast.Assert) for node in code)
-    return count
 
 
 def tidy(notebook):
@@ -113,6 +98,13 @@ def written_to_stderr(notebook) -> str:
     return "".join(output.text for output in outputs if output.get("name") == "stderr")
 
 
+def failing_line(failure: PapermillExecutionError) -> str:
+    """The line of the cell that its traceback points to, or the whole cell if it points to none."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(failure.traceback)).splitlines()
+    pointed = [line for line in lines if re.match(r"-+> ?\d+ ", line)]
+    return pointed[0] if pointed else failure.source
+
+
 def last_cell(path: Path) -> str:
     """The cell that a notebook was in when its kernel was lost: the last that papermill's executed copy has started."""
     code = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
@@ -120,24 +112,23 @@ def last_cell(path: Path) -> str:
     return f"cell [{len(started)}]:\n{started[-1].source}\n\n" if started else ""
 
 
-def run(path: Path, output: Path, parameters: dict, cell_seconds: int | None) -> tuple[str, float, int, int]:
-    """Execute one notebook into `output`; returns (error or "", seconds, code cells, assertions)."""
-    start, error, cells, asserts = time.perf_counter(), "", 0, 0
+def run(path: Path, output: Path, parameters: dict, cell_seconds: int | None) -> tuple[str, float, int]:
+    """Execute one notebook into `output`; returns (error or "", seconds, code cells)."""
+    start, error, cells = time.perf_counter(), "", 0
     try:
-        source = nbformat.read(path, as_version=4)
-        cells, asserts = sum(cell.cell_type == "code" for cell in source.cells), count_asserts(source)
+        cells = sum(cell.cell_type == "code" for cell in nbformat.read(path, as_version=4).cells)
         papermill.execute_notebook(
             path, output, parameters=parameters, kernel_name="python3",
             language="python", cwd=path.parent,
             progress_bar=False, store_widget_state=False, execution_timeout=cell_seconds, coalesce_streams=True,
         )  # fmt: skip
     except PapermillExecutionError as failure:
-        error = f"cell [{failure.exec_count}]:\n{failure.source}\n\n{failure.ename}: {failure.evalue}"
+        error = f"cell [{failure.exec_count}]:\n{failing_line(failure)}\n\n{failure.ename}: {failure.evalue}"
     except (CellTimeoutError, DeadKernelError) as failure:
         error = f"{last_cell(output)}{type(failure).__name__}: {failure}"
     except Exception as failure:  # a notebook that is no notebook, a folder that cannot be written to
         error = f"{type(failure).__name__}: {failure}"
-    return error, time.perf_counter() - start, cells, asserts
+    return error, time.perf_counter() - start, cells
 
 
 def write_back(path: Path, executed: Path) -> str:
@@ -164,6 +155,24 @@ def open_output(folder: Path, paths: list[Path]) -> None:
             raise ValueError(f"--output {folder} would write over {path.name} itself: choose another, or --update")
 
 
+def list_notebooks() -> None:
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        print(path.stem)
+        for name, parameter in papermill.inspect_notebook(path).items():
+            print(f"    {name} = {parameter['default']}" + (f"  # {parameter['help']}" if parameter["help"] else ""))
+
+
+def write_junit(file: Path, results: dict[Path, tuple[str, float, int]]) -> None:
+    """Results as CI systems read them; an error is the text of a failure."""
+    suite = ElementTree.Element("testsuite", name="notebooks", tests=str(len(results)))
+    suite.set("failures", str(sum(bool(error) for error, *_ in results.values())))
+    for path, (error, seconds, _) in results.items():
+        case = ElementTree.SubElement(suite, "testcase", name=path.stem, time=f"{seconds:.1f}")
+        if error:
+            ElementTree.SubElement(case, "failure", message=error.splitlines()[-1]).text = error
+    ElementTree.ElementTree(suite).write(file, encoding="unicode", xml_declaration=True)
+
+
 def use_this_interpreter(folder: str) -> None:
     """Make "python3" this interpreter's kernel, ahead of any that is installed, with this checkout importable."""
     write_kernel_spec(Path(folder) / "kernels" / "python3", extra_arguments=["--log-level=CRITICAL"])
@@ -178,7 +187,7 @@ def leave_ctrl_c_to_the_parent() -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="path or name; all of this folder if none")
+    parser.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="path, name or number; all if none")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "notebooks", help="folder of executed copies")
     parser.add_argument("--scale", choices=SCALES, default="smoke", help="of what is trained; default: %(default)s")
     parser.add_argument(
@@ -190,14 +199,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter")
     parser.add_argument("--update", action="store_true", help="write the results back over the notebooks themselves")
+    parser.add_argument("--list", action="store_true", help="print the notebooks with their parameters, run nothing")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the results as JUnit XML")
     options = parser.parse_args(arguments)
+    if options.list:
+        list_notebooks()
+        return 0
     try:
         parameters = {name: parameter_value(name, text) for name, text in options.p}
         paths = list(dict.fromkeys(map(find_notebook, options.notebooks))) or sorted(NOTEBOOKS.glob("*.ipynb"))
         of_scale = {}  # a notebook that does not train has nothing to scale
         for path in paths:
             try:
-                known = parameter_names(path)
+                known = papermill.inspect_notebook(path)
             except Exception:  # whatever is wrong with it: running it says so, beside the others' results
                 of_scale[path] = {}
                 continue
@@ -223,16 +237,15 @@ def main(arguments: list[str] | None = None) -> int:
                 for path in paths
             }
             for future in as_completed(running):
-                path, seconds, cells, asserts = running[future], 0.0, 0, 0
+                path, seconds, cells = running[future], 0.0, 0
                 try:
-                    error, seconds, cells, asserts = future.result()
+                    error, seconds, cells = future.result()
                     if options.update and not error:
                         error = write_back(path, options.output / path.name)
                 except Exception as failure:  # the process that ran it was killed, or it cannot be written back
                     error = f"{type(failure).__name__}: {failure}"
-                results[path] = ("FAILED" if error else "ok", seconds, cells, asserts)
-                counts = f"{seconds:.1f} s, {cells} code cells, {asserts} assertions"
-                print(f"{path.name}: {results[path][0]}, {counts}", flush=True)
+                results[path] = (error, seconds, cells)
+                print(f"{path.name}: {'FAILED' if error else 'ok'}, {seconds:.1f} s, {cells} code cells", flush=True)
                 if error:
                     print(f"\n{path.name}, {error}\n", flush=True)
         except KeyboardInterrupt:
@@ -242,13 +255,16 @@ def main(arguments: list[str] | None = None) -> int:
         finally:
             workers.shutdown(cancel_futures=True)
     width = max([len(path.stem) for path in paths], default=8)
-    print(f"\n{'notebook':<{width}}  result   seconds  cells  assertions")
+    print(f"\n{'notebook':<{width}}  result   seconds  cells")
     for path in paths:
-        result, seconds, cells, asserts = results.get(path, ("stopped", 0.0, 0, 0))
-        print(f"{path.stem:<{width}}  {result:<7}  {seconds:7.1f}  {cells:5}  {asserts:10}", flush=True)
+        error, seconds, cells = results.get(path, ("stopped", 0.0, 0))
+        result = ("FAILED" if error else "ok") if path in results else error
+        print(f"{path.stem:<{width}}  {result:<7}  {seconds:7.1f}  {cells:5}", flush=True)
+    if options.junit:
+        write_junit(options.junit, results)
     if interrupted:
         raise KeyboardInterrupt
-    return int(any(result == "FAILED" for result, *_ in results.values()))
+    return int(any(error for error, *_ in results.values()))
 
 
 if __name__ == "__main__":
