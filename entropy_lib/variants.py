@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, replace
 
 ATTENTIONS = ("softmax", "relu2")
@@ -111,10 +112,15 @@ PRIVATE_VARIANTS: dict[str, Variant] = {
 
 
 def get_variant(variant: str | Variant) -> Variant:
-    """Look a variant up by its name, the paper's or ours beyond it; ValueError lists the names if there is none."""
+    """Look a variant up by its name, the paper's or ours beyond it; ValueError lists the names if there is none.
+
+    SM(...)+LN(a)+R+V takes any numbers of softmax heads by layer.
+    """
     if isinstance(variant, Variant):
         return variant
     known = VARIANTS | PRIVATE_VARIANTS
+    if variant not in known and (counts := re.fullmatch(r"SM\((\d+(?:,\d+)*)\)\+LN\(a\)\+R\+V", str(variant))):
+        return Variant(variant, **_PRIVATE, dynamic_heads=tuple(map(int, counts[1].split(","))))
     if variant not in known:
         raise ValueError(
             f"unknown variant {variant!r}; the paper's names are {', '.join(VARIANTS)}; beyond it there are "

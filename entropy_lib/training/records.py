@@ -37,8 +37,8 @@ class RunRecord:
     (a GPU) achieved of it by `training_flops_per_token`, in 10¹² a second, None in records older than the field,
     whose tokens_per_second are tokens over minutes. `peak_memory_gib` is GPU memory, 0 on a CPU.
 
-    `recall`, `loss_by_position` [T-1] and `logit_range` [L][softmax heads][lowest, highest] are of the final weights,
-    see `abilities`; None in older records and of collapsed runs.
+    `recall`, `loss_by_position` [T-1], `logit_range` [L][softmax heads][lowest, highest] and `input_dependence`
+    [L][softmax heads] are of the final weights, see `abilities`; None in older records and of collapsed runs.
 
     `max_tokens` is what the corpus was cut to, `variant_config` the fields of the `Variant`; both, and
     `training_overrides`, are empty in records older than the fields. `history_sha256` is of the Parquet file.
@@ -78,6 +78,7 @@ class RunRecord:
     recall: float | None = None
     loss_by_position: list[float] | None = field(default=None, repr=False)
     logit_range: list[list[list[float]]] | None = field(default=None, repr=False)
+    input_dependence: list[list[float]] | None = field(default=None, repr=False)
     history_sha256: str | None = field(default=None, repr=False)
     model: object = field(default=None, repr=False, compare=False)  # the trained model, not written to disk
     path: Path | None = field(default=None, repr=False, compare=False)  # the JSON file it was read from

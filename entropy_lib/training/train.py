@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from entropy_lib.logit_range import logit_range
 from entropy_lib.modeling import EntropyGPT2LMHeadModel, build_model
-from entropy_lib.training.abilities import loss_by_position, recall
+from entropy_lib.training.abilities import input_dependence, loss_by_position, recall
 from entropy_lib.training.cache import cache_folder
 from entropy_lib.training.corpus import load_corpus
 from entropy_lib.training.global_state import OwnDraws, one_training_at_a_time
@@ -240,11 +240,12 @@ def _abilities(model: EntropyGPT2LMHeadModel, trainer: EntropyTrainer, recipe: R
     blocks = torch.from_numpy(trainer.eval_dataset.ids.astype("int64"))
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        return {
+        found = {
             "recall": recall(model) if recipe.context_length > 3 else None,
             "loss_by_position": loss_by_position(model, blocks),
             "logit_range": logit_range(model, blocks[:256]),
         }
+    return {**found, "input_dependence": input_dependence(model, blocks[:256])}  # whose rows must sum to one
 
 
 def _load(corpus: str | Path | Corpus, context_length: int) -> Corpus:

@@ -18,13 +18,15 @@ from pathlib import Path
 
 import pandas as pd
 
+from entropy_lib.clone import CLONE
 from entropy_lib.modeling import MODEL_SIZES
 from entropy_lib.training.__main__ import add_parallel_options, add_recipe_options, recipe_changes
 from entropy_lib.training.identity import scaled_before_the_field
 from entropy_lib.training.parallel import Run, exit_status, recorded, run_all, visible_gpus
 from entropy_lib.training.recipe import get_recipe
-from entropy_lib.training.records import compare
+from entropy_lib.training.records import RunRecord, compare
 from entropy_lib.variants import NORM_PLACEMENTS, PRIVATE_VARIANTS, VARIANTS
+from paper.head_choice import COUNTS, RULES, heads_by_layer, variant_name
 
 # A step is 65,536 tokens. Runs of minutes keep checkpoints only when interrupted: each takes 1.2 GB and seconds.
 FULL = {"steps": 3052, "warmup_ratio": 0.10, "eval_every": 500, "checkpoint_every": 0}  # 200M tokens
@@ -47,7 +49,9 @@ _START |= {name: {} for name in PRIVATE_VARIANTS}
 
 
 def _runs(folder: str, variants: Iterable[str], changes: dict, seeds: Iterable[int] = (0,), **run) -> tuple[Run, ...]:
-    return tuple(Run(v, Path(folder), s, changes=_START[v] | changes, **run) for v, s in product(variants, seeds))
+    return tuple(
+        Run(v, Path(folder), s, changes=_START.get(v, {}) | changes, **run) for v, s in product(variants, seeds)
+    )
 
 
 def _sweep(name: str, variants: Iterable[str], changes: dict, settings: dict[str, dict], **run) -> tuple[Run, ...]:
@@ -85,6 +89,19 @@ _LANGUINI = {"temperature_init": 0.1, "loss_coeff": 5 * 0.16384, "eval_blocks": 
 
 def _margin(factor: float) -> tuple[Run, ...]:
     return _runs(f"figures7_8/gamma{factor:.2f}", [EREG], SHORT | {"tolerance_margin_factor": factor})
+
+
+_RANKED = _runs("head_choice/ranked", ["SM+LN+G"], SHORT | {"scaled_residual_init": True})
+
+
+def _head_choice() -> tuple[Run, ...]:
+    """What the record of `head_choice_ranked` names; no runs while there is none. Rules may name the same numbers."""
+    ranked = CLONE / "data" / "runs" / _RANKED[0].record if CLONE else None
+    if ranked is None or not ranked.is_file():
+        return ()
+    record = RunRecord.load(ranked)
+    names = {variant_name(heads_by_layer(record, rule, count)) for count in COUNTS for rule in RULES}
+    return _runs("head_choice/chosen", sorted(names), SHORT)
 
 
 _BUDGETED = ("SM+LN+G", "SM+ScFuFFN", EREG)
@@ -210,6 +227,12 @@ EXPERIMENTS: dict[str, Experiment] = {
                 FULL,
                 {"0.0006": {"learning_rate": 6e-4}, "0.0003": {"learning_rate": 3e-4}},
             ),
+        ),
+        ("head_choice_ranked", "SM+LN+G whose heads are ranked by entropy and input dependence, 66M tokens", _RANKED),
+        (
+            "head_choice",
+            "4, 12 and 36 softmax heads where those rankings put them, or at random; 66M tokens, one seed",
+            _head_choice(),
         ),
         (
             "noise",

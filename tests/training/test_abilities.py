@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from entropy_lib import build_model
-from entropy_lib.training.abilities import loss_by_position, recall
+from entropy_lib.training.abilities import input_dependence, loss_by_position, recall
 from entropy_lib.training.records import RunRecord
 from tests.training.test_training import corpus, train
 
@@ -55,10 +55,38 @@ def test_loss_by_position_is_the_loss_in_parts():
     assert by_position[4] == pytest.approx(cross_entropy(logits[:, 4], blocks[:, 5]).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("variant", ["SM+LN+R", "SM(0,0,1)+LN(a)+R+V", "R2(0,0,1)+LN(a)+R+V"])
+def test_input_dependence_is_the_mean_divergence_from_the_mean_row(variant):
+    model, blocks = model_of(variant, initializer_range=0.5), torch.randint(50, (7, 12))
+    before = model.config._attn_implementation
+    found = input_dependence(model, blocks, batch=3)
+    assert model.config._attn_implementation == before
+    assert [len(heads) for heads in found] == model.config.entropy_heads()
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = iter(model(blocks, output_attentions=True).attentions)
+    for heads in filter(None, found):
+        rows = next(weights).double()  # [7, h, 12, 12]
+        mean = rows.mean(0, keepdim=True)
+        divergence = torch.where(rows > 0, rows * (rows / mean).log(), 0.0).sum(-1).mean((0, 2))
+        assert heads == pytest.approx(divergence.tolist(), rel=1e-5)
+        assert min(heads) > 1e-3
+
+
+def test_attention_that_never_changes_depends_on_nothing():
+    model = model_of("SM+LN+R")
+    for block in model.transformer.h:
+        block.attn.c_attn.weight.data[:, :64] = 0  # queries and keys
+    assert max(max(heads) for heads in input_dependence(model, torch.randint(50, (7, 12)))) < 1e-9
+
+
 def test_they_are_on_record(corpus, tmp_path):
     record = train(corpus, "SM(3)+LN(a)+R+V", model_config={"n_head": 4})
     assert 0 <= record.recall <= 1
     by_position = record.loss_by_position
     assert sum(by_position) / len(by_position) == pytest.approx(record.eval_loss, rel=1e-5)
     assert all(low <= 0 <= high and math.isfinite(high - low) for layer in record.logit_range for low, high in layer)
-    assert RunRecord.load(record.save(tmp_path)).logit_range == record.logit_range
+    loaded = RunRecord.load(record.save(tmp_path))
+    assert loaded.logit_range == record.logit_range
+    assert loaded.input_dependence == record.input_dependence
+    assert all(len(heads) == 3 and min(heads) >= 0 for heads in record.input_dependence)

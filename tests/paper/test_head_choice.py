@@ -1,0 +1,48 @@
+"""Which heads keep their softmax: the rules on a record whose rankings are known."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from entropy_lib.variants import get_variant
+from paper.head_choice import COUNTS, RULES, heads_by_layer, variant_name
+
+RECORD = SimpleNamespace(
+    name="known", entropy=[[0.1, 4.0], [3.0, 0.2], [2.0, 1.0]], input_dependence=[[0.0, 0.9], [0.5, 0.6], [0.1, 0.55]]
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "wanted"),
+    [
+        ("low entropy", (1, 1, 0)),  # 0.1, 0.2
+        ("high entropy", (1, 1, 0)),  # 4.0, 3.0
+        ("input dependence", (1, 1, 0)),  # 0.9, 0.6
+        ("both", (0, 1, 1)),  # sums of ranks: 5 5, 7 2, 7 4
+    ],
+)
+def test_the_best_two_of_six(rule, wanted):
+    assert heads_by_layer(RECORD, rule, 2) == wanted
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_any_number_of_heads_is_placed(rule):
+    for count in range(7):
+        assert sum(heads_by_layer(RECORD, rule, count)) == count
+    assert heads_by_layer(RECORD, rule, 6) == (2, 2, 2)
+
+
+def test_what_cannot_be_ranked_is_refused():
+    with pytest.raises(ValueError, match="unknown rule 'best'; choose from low entropy"):
+        heads_by_layer(RECORD, "best", 2)
+    with pytest.raises(ValueError, match="0 to 6 heads, got 7"):
+        heads_by_layer(RECORD, "both", 7)
+    with pytest.raises(ValueError, match="no input dependence on record"):
+        heads_by_layer(SimpleNamespace(name="old", entropy=[[1.0]], input_dependence=None), "both", 1)
+
+
+def test_its_variant_is_built_by_name():
+    assert COUNTS == (4, 12, 36)
+    variant = get_variant(variant_name((0, 2, 1)))
+    assert variant.dynamic_heads == (0, 2, 1)
+    assert variant.annealed_layer_norm
