@@ -11,7 +11,7 @@ from entropy_lib.modeling import EntropyGPT2Config
 from entropy_lib.private_inference.architecture import Architecture
 from entropy_lib.private_inference.costs import InferenceCost, book_names, inference_cost, price_book, printed_cells
 from entropy_lib.private_inference.network import NETWORKS
-from entropy_lib.variants import VARIANTS, get_variant
+from entropy_lib.variants import PRIVATE_VARIANTS, VARIANTS, get_variant
 
 BASELINE = "SM+LN+G"
 BOOK_LABELS = {  # what a reader knows them by
@@ -44,7 +44,7 @@ class CostExplorer(Explorer):
                 "vocabulary", "Vocabulary V", [(f"{v:,}", v) for v in (0, 2048, 8192, 16384, 32000, 50257, 128256)],
                 50257, tip="0: the blocks only, without embedding and vocabulary projection",
             ),
-            "variant": dropdown("variant", "Variant", list(VARIANTS), variant),
+            "variant": dropdown("variant", "Variant", [*VARIANTS, *PRIVATE_VARIANTS], variant),
             "prices": dropdown("prices", "Prices", [(BOOK_LABELS[b], b) for b in books], price_book(prices).name),
             "network": dropdown("network", "Network", networks),
         }  # fmt: skip
@@ -119,7 +119,7 @@ def cost_explorer(
     """Communication (GB) and latency (minutes) of one private forward pass by part, beside SM+LN+G, as a widget.
 
     Args:
-        variant: a name in `VARIANTS`.
+        variant: a name in `VARIANTS` or `PRIVATE_VARIANTS`.
         prices: a price book as in `inference_cost`; its numbers are drawn unchanged.
         network: a name in `NETWORKS`, or None; not used by books whose minutes include theirs.
         context_length: T, one of the choices.

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from entropy_lib import VARIANTS, build_model
-from entropy_lib.private_inference.costs import inference_cost
+from entropy_lib import PRIVATE_VARIANTS, VARIANTS, EntropyGPT2Config, build_model
+from entropy_lib.private_inference.costs import inference_cost, price_book
+from entropy_lib.variants import get_variant
 
 pytest.importorskip("ipywidgets")
 pricing = pytest.importorskip("entropy_lib.explore.pricing", exc_type=ImportError)
@@ -71,6 +72,25 @@ def test_networks_belong_to_books_with_measured_computation():
     assert math.isnan(explorer.costs[0].latency_min)
     assert drawn(explorer, 1)[1][0] == " not measured on this engine"
     assert "min" not in explorer.status.value
+
+
+def test_models_beyond_the_paper_have_a_price_where_their_operations_do():
+    explorer = pricing.cost_explorer(prices="optimized")
+    shares = []
+    for variant in PRIVATE_VARIANTS:
+        explorer.controls["variant"].value = variant
+        assert variant in explorer.figure.layout.title.text
+        config = EntropyGPT2Config(**get_variant(variant).config_fields(), n_positions=128)  # of GPT-2 small
+        cost = inference_cost(config, 128, "optimized", "WAN")
+        assert explorer.costs[0].communication_gb == pytest.approx(cost.communication_gb)
+        shares.append(explorer.costs[0].communication_gb / explorer.costs[1].communication_gb)
+    assert max(shares) < 0.8
+    explorer.controls["prices"].value = "paper"
+    assert "no price for 'static'" in explorer.status.value
+    explorer.controls["prices"].value = price_book("optimized").name
+    explorer.controls["variant"].value = "SM(3)+LN(a)+R+V"
+    explorer.controls["heads"].value = 2
+    assert "3" in explorer.status.value  # softmax heads of two: said, not drawn
 
 
 def test_every_variant_can_be_priced_and_blocks_alone_too():

@@ -328,3 +328,10 @@ def test_decimal_rounding_of_the_closest_printed_cell():
     exact = Decimal(2 * 512 * 768**2 * 12) / 10**9
     assert round(exact, 1) == Decimal("7.2")
     assert round(exact + Decimal(12 * 512 * 768) / 10**9, 1) == Decimal("7.3")
+
+
+@pytest.mark.parametrize("name", costs.book_names())
+def test_whatever_has_a_price_in_seconds_has_rounds_too(name):
+    book = costs.price_book(name)
+    if book.seconds and not book.includes_network:
+        assert set(book.bytes) == set(book.seconds) == set(book.rounds)
