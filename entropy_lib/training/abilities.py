@@ -55,10 +55,13 @@ def input_dependence(model: EntropyGPT2LMHeadModel, blocks: Tensor, batch: int =
         model.set_attn_implementation("eager")
         for part in blocks.split(batch):
             attentions = model(part.to(model.device), output_attentions=True, logits_to_keep=1).attentions
-            found = [(a.double().sum(0), attention_entropy(a.double()).sum(0)) for a in attentions]  # [h, T, T], [h, T]
+            rows = [
+                a.double() / a.double().sum(-1, keepdim=True) for a in attentions
+            ]  # half precision: 1 ± 0.4%
+            found = [(a.sum(0), attention_entropy(a).sum(0)) for a in rows]  # [h, T, T], [h, T]
             sums = found if sums is None else [(s + t, e + f) for (s, e), (t, f) in zip(sums, found, strict=True)]
     finally:
         model.set_attn_implementation(before)
     count = len(blocks)
-    of_layers = iter([attention_entropy(rows / count) - entropy / count for rows, entropy in sums or []])
+    of_layers = iter([attention_entropy(total / count) - entropy / count for total, entropy in sums or []])
     return [next(of_layers).mean(-1).tolist() if heads else [] for heads in model.config.entropy_heads()]

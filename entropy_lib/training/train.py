@@ -240,12 +240,12 @@ def _abilities(model: EntropyGPT2LMHeadModel, trainer: EntropyTrainer, recipe: R
     blocks = torch.from_numpy(trainer.eval_dataset.ids.astype("int64"))
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
-        found = {
+        return {
             "recall": recall(model) if recipe.context_length > 3 else None,
             "loss_by_position": loss_by_position(model, blocks),
             "logit_range": logit_range(model, blocks[:256]),
+            "input_dependence": input_dependence(model, blocks[:256]),
         }
-    return {**found, "input_dependence": input_dependence(model, blocks[:256])}  # whose rows must sum to one
 
 
 def _load(corpus: str | Path | Corpus, context_length: int) -> Corpus:

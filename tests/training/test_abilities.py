@@ -73,6 +73,15 @@ def test_input_dependence_is_the_mean_divergence_from_the_mean_row(variant):
         assert min(heads) > 1e-3
 
 
+def test_half_precision_gives_nearly_the_same():
+    model, blocks = model_of("SM+LN+R", initializer_range=0.5), torch.randint(50, (7, 12))
+    exact = torch.tensor(input_dependence(model, blocks))
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = torch.tensor(input_dependence(model, blocks))
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.01)
+    assert not torch.equal(rounded, exact)
+
+
 def test_attention_that_never_changes_depends_on_nothing():
     model = model_of("SM+LN+R")
     for block in model.transformer.h:
