@@ -55,9 +55,7 @@ def input_dependence(model: EntropyGPT2LMHeadModel, blocks: Tensor, batch: int =
         model.set_attn_implementation("eager")
         for part in blocks.split(batch):
             attentions = model(part.to(model.device), output_attentions=True, logits_to_keep=1).attentions
-            rows = [
-                a.double() / a.double().sum(-1, keepdim=True) for a in attentions
-            ]  # half precision: 1 ± 0.4%
+            rows = [a.double() / a.double().sum(-1, keepdim=True) for a in attentions]  # half precision: 1 ± 0.4%
             found = [(a.sum(0), attention_entropy(a).sum(0)) for a in rows]  # [h, T, T], [h, T]
             sums = found if sums is None else [(s + t, e + f) for (s, e), (t, f) in zip(sums, found, strict=True)]
     finally:
