@@ -57,6 +57,11 @@ def test_light_and_without_widget_state_or_timings(path, notebook):
     assert all(set(cell.metadata) <= {"tags", "jupyter"} for cell in notebook.cells)
 
 
+def test_a_notebook_is_no_book(notebook):
+    words = sum(len(cell.source.split()) for cell in notebook.cells if cell.cell_type == "markdown")
+    assert (len(notebook.cells) <= 45, words <= 2000) == (True, True), (len(notebook.cells), words)
+
+
 def test_cells_are_short(notebook):
     long = {cell.id: cell.source.count("\n") + 1 for cell in code_cells(notebook) if cell.source.count("\n") >= 25}
     assert not long

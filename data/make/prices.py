@@ -10,6 +10,7 @@ since the tables barely tell them from the linear layers. Only the group totals 
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections import defaultdict
@@ -170,4 +171,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

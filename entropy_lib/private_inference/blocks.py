@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from entropy_lib.modeling import EntropyGPT2Config
 from entropy_lib.private_inference.architecture import Architecture
 from entropy_lib.variants import VARIANTS
 
@@ -35,12 +38,6 @@ def private_architectures() -> dict[str, Architecture]:
 
 def block_architectures() -> dict[str, Architecture]:
     """One block of d = 768 and 12 heads for each of the paper's kinds, and for candidates beyond them."""
-    kinds = {"gelu_new": "gelu"}
-    blocks = {}
-    for name in _PAPER:
-        v = VARIANTS[name]
-        blocks[name] = Architecture(
-            1, vocabulary=0, layer_norm=v.layer_norm, activation=kinds.get(v.ffn_activation, v.ffn_activation),
-            fused=v.fused_ffn, scaled=v.ffn_scaling, tempered=v.learnable_temperature,
-        )  # fmt: skip
+    configs = {name: EntropyGPT2Config(**VARIANTS[name].config_fields(), n_layer=1) for name in _PAPER}
+    blocks = {name: replace(Architecture.of(config), vocabulary=0) for name, config in configs.items()}
     return blocks | {n: Architecture(1, vocabulary=0, layer_norm=False, **change) for n, change in _BEYOND.items()}

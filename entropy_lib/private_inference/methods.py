@@ -1,7 +1,7 @@
 """How the parties compute an operation: as given, or another way for fewer bytes, with an error that is stated here.
 
-The numbers of a `quartic`, q·((x + h)² + k)² + m·x + c, are those of `fitting.fit_quartic`: of all polynomials of
-degree 4 the one whose largest error is least. Two squarings compute it.
+The numbers of a `quartic`, q·((x + h)² + k)² + m·x + c, are those of data/make/prices.py's `fit_quartic`: of all
+polynomials of degree 4 the one whose largest error is least. Two squarings compute it.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ VARIABLE = "ENTROPY_LIB_PRIVATE_PYTHON"
 ENGINE = "0.9.5"
 PROTOCOLS = ("SEMI2K", "CHEETAH")
 
-# measured.md's "lean" settings: an error in the last bit of a product allowed, which halves its cost; products with a
+# Lean settings: an error in the last bit of a product allowed, which halves its cost; products with a
 # value that one party knows done by that party; (1 + z/64)^64 for the exponential.
 SETTINGS = {
     "field": "FM64",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -40,7 +40,12 @@ HEADLINE = ("SM+LN+G", "SM+LN+R", "SM+ScFuFFN", EREG)  # the rows of Tables 3, 4
 class Experiment:
     name: str
     description: str
-    runs: tuple[Run, ...]  # folders relative to data/runs; a run may lie in another experiment's folder and be shared
+    listed: tuple[Run, ...] | Callable[[], tuple[Run, ...]]  # or what lists them once other runs are on record
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """Folders are relative to data/runs; a run may lie in another experiment's folder and be shared."""
+        return self.listed() if callable(self.listed) else self.listed
 
 
 # How the records below started. The experiments `initialization` say what GPT-2's start changes.
@@ -232,7 +237,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             "head_choice",
             "4, 12 and 36 softmax heads where those rankings put them, or at random; 66M tokens, one seed",
-            _head_choice(),
+            _head_choice,
         ),
         (
             "noise",

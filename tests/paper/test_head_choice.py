@@ -3,8 +3,10 @@
 from types import SimpleNamespace
 
 import pytest
+from test_tables import record
 
 from entropy_lib.variants import get_variant
+from paper import experiments
 from paper.head_choice import COUNTS, RULES, heads_by_layer, variant_name
 
 RECORD = SimpleNamespace(
@@ -46,3 +48,15 @@ def test_its_variant_is_built_by_name():
     variant = get_variant(variant_name((0, 2, 1)))
     assert variant.dynamic_heads == (0, 2, 1)
     assert variant.annealed_layer_norm
+
+
+def test_the_experiment_lists_its_runs_once_the_ranking_is_on_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "CLONE", tmp_path)
+    assert experiments.EXPERIMENTS["head_choice"].runs == ()
+    (ranked,) = experiments.EXPERIMENTS["head_choice_ranked"].runs
+    scores = [[float(12 * layer + head) for head in range(12)] for layer in range(12)]
+    record(ranked, tmp_path / "data" / "runs", 26.0, entropy=scores, input_dependence=scores)
+    names = {run.variant for run in experiments.EXPERIMENTS["head_choice"].runs}
+    assert variant_name((4, *[0] * 11)) in names  # the four of lowest entropy, all in layer 0
+    assert variant_name((*[0] * 9, 12, 12, 12)) in names  # the 36 of highest entropy, and of most dependence
+    assert all(sum(get_variant(name).dynamic_heads) in COUNTS for name in names)

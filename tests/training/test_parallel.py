@@ -402,7 +402,7 @@ def test_a_rehearsed_experiment_prints_its_table(tmp_path, text, monkeypatch, ca
     command = ["figures7_8", "--size", "tiny", "--recipe", "smoke", "--corpus", str(text), *SMALL,
                "--output", str(tmp_path / "out"), "--parallel", "2"]  # fmt: skip
     sweep = experiments.EXPERIMENTS["figures7_8"]
-    monkeypatch.setitem(experiments.EXPERIMENTS, "figures7_8", replace(sweep, runs=sweep.runs[3:4]))
+    monkeypatch.setitem(experiments.EXPERIMENTS, "figures7_8", replace(sweep, listed=sweep.runs[3:4]))
     assert experiments.main(command) == 0
     told = capsys.readouterr().out
     assert "gamma0.15" in told
