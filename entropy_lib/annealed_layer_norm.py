@@ -46,11 +46,15 @@ class AnnealedLayerNorm(nn.Module):
 
     @torch.no_grad()
     def anneal(self, blend: float) -> None:
-        """After a training step: move k towards what its passes had, the less the larger A is, and set A."""
+        """After a training step: move k towards what its passes had, the less the larger A is, and set A.
+
+        A step whose passes were not finite, which the trainer skips, moves nothing.
+        """
         mean = self._log_sum / self._passes.clamp(min=1)
-        step = torch.where(self.seen > 0, RATE * (1 - self.blend), 1.0) * (self._passes > 0)
-        self.log_scale.add_(step * (mean - self.log_scale))
-        self.seen.copy_(torch.maximum(self.seen, (self._passes > 0).to(self.seen.dtype)))
+        counts = (self._passes > 0) & mean.isfinite()
+        step = torch.where(self.seen > 0, RATE * (1 - self.blend), 1.0)
+        self.log_scale.add_(torch.where(counts, step * (mean - self.log_scale), 0.0))
+        self.seen.copy_(torch.maximum(self.seen, counts.to(self.seen.dtype)))
         self.blend.fill_(blend)
         self._log_sum.zero_()
         self._passes.zero_()

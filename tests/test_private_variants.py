@@ -281,6 +281,25 @@ def test_annealed_norm_starts_as_layer_norm_and_ends_linear():
     torch.testing.assert_close(norm.log_scale[0], moved, **EXACT)
 
 
+@pytest.mark.parametrize("worst", [float("inf"), float("nan")])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_pass_that_overflows_leaves_the_constant_alone(worst, first):
+    norm, x = AnnealedLayerNorm(16, 1e-5).double(), torch.randn(3, 16, dtype=torch.float64)
+    overflowed = x.index_fill(0, torch.tensor([1]), worst)
+    if not first:
+        norm(x)
+        norm.anneal(0.25)
+    before = norm.log_scale.clone()
+    norm(x), norm(overflowed)
+    norm.anneal(0.5)
+    assert torch.equal(norm.log_scale, before)
+    assert bool(norm.seen) is not first
+    norm(x)
+    norm.anneal(0.5)
+    assert norm.log_scale.isfinite().all()
+    assert norm(x)[0].isfinite().all()
+
+
 def test_names_say_what_is_in_them():
     assert not set(PRIVATE_VARIANTS) & set(VARIANTS)
     for name, variant in PRIVATE_VARIANTS.items():

@@ -223,16 +223,6 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_runs("private/200M", ["SM+LN+G"], FULL | _SCALED, seeds=(3,)),  # its first three lack the recall
             ),
         ),
-        (
-            "private_200M_rates",
-            "is 1e-3 too high for ReLU² attention while its LayerNorms go? lower rates, 200M tokens, one seed",
-            _sweep(
-                "private/200M_rates",
-                ["R2(0,0,1)+LN(a)+R(2d)+V", "R2(0,0,1)+LN(a)+R+V"],
-                FULL,
-                {"0.0006": {"learning_rate": 6e-4}, "0.0003": {"learning_rate": 3e-4}},
-            ),
-        ),
         ("head_choice_ranked", "SM+LN+G whose heads are ranked by entropy and input dependence, 66M tokens", _RANKED),
         (
             "head_choice",

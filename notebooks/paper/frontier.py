@@ -98,7 +98,10 @@ def goals(table: pd.DataFrame) -> pd.DataFrame:
             nearest = stable.loc[stable["gap"].idxmin()]
             row |= {"model": nearest.name, **nearest[["gap", "standard error", "runs", "recall"]]}
             row |= nearest[["of GPT-2 as given", "of GPT-2 at its best"]].to_dict()
-            row["outcome"] = "reached" if nearest["gap"] <= gap else f"missed by {nearest['gap'] - gap:.1%}"
+            missed, error = nearest["gap"] - gap, nearest["standard error"]
+            row["outcome"] = "reached" if missed <= 0 else f"missed by {missed:.1%}"
+            if missed > 0 and not missed > error:
+                row["outcome"] += ", one seed" if math.isnan(error) else ", less than the standard error"
         else:
             unstable = f": collapsed in one run or more: {', '.join(fits.index)}" if len(fits) else ""
             row["outcome"] = f"no model on record is within its bytes{' and stable' if unstable else ''}{unstable}"

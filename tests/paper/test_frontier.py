@@ -9,6 +9,7 @@ from entropy_lib.private_inference.costs import inference_cost
 from paper import frontier as command
 from paper.frontier import GOALS, block_megabytes, frontier, goals
 
+EREG = "EReg(SM(t)+ScFuFFN)"
 TWO, ONE, NONE = "SM(2)+LN(a)+R+V", "SM(1)+LN(a)+R+V", "R2(0,0,1)+LN(a)+R(2d)+V"
 
 
@@ -41,20 +42,22 @@ def test_gaps_are_those_of_the_formula_and_prices_those_of_the_blocks(runs):
 
 
 def test_other_rates_have_rows_of_their_own_and_records_of_the_paper_s_start_none(runs):
-    slow = planned("private_200M_rates", NONE, folder="0.0006")
-    record(slow, runs, 20.5)
+    record(planned("learning_rates", EREG, folder="0.0006"), runs, 20.5)
     record(planned("table3", "SM+ScFuFFN"), runs, 25.0)  # which did not start as GPT-2 does
     table = frontier("200M", runs)
-    assert list(table.index) == ["SM+LN+G", TWO, ONE, NONE, f"{NONE} at 0.0006"]
-    assert table.loc[f"{NONE} at 0.0006", "gap"] == pytest.approx(0.025)
+    assert list(table.index) == ["SM+LN+G", f"{EREG} at 0.0006", TWO, ONE, NONE]
+    assert table.loc[f"{EREG} at 0.0006", "gap"] == pytest.approx(0.025)
 
 
 def test_goals_name_the_nearest_stable_model_and_by_how_much_it_misses(runs):
     table = goals(frontier("200M", runs))
     assert list(table.index) == list(GOALS)
     assert (table.loc["A", "model"], table.loc["A", "outcome"]) == (TWO, "reached")
-    assert (table.loc["B", "model"], table.loc["B", "outcome"]) == (ONE, "missed by 2.0%")
+    assert (table.loc["B", "model"], table.loc["B", "outcome"]) == (ONE, "missed by 2.0%, one seed")
     assert NONE in table.loc["C", "outcome"]
+    record(planned("private_200M", ONE, 1), runs, 20.8)
+    assert goals(frontier("200M", runs)).loc["B", "outcome"] == "missed by 1.5%, less than the standard error"
+    record(planned("private_200M", ONE, 1), runs, 21.0)
     record(planned("private_200M", TWO, 2), runs, None, status="collapsed")
     assert goals(frontier("200M", runs)).loc["A", "outcome"] == "missed by 5.0%"  # by the one that never collapsed
 

@@ -705,6 +705,20 @@ def test_a_non_finite_step_is_skipped_and_counted(corpus):
     assert record.history.set_index("step")["skipped"].to_dict() == {1: 0, 2: 0, 3: 1, 4: 1, 5: 1, 6: 1}
 
 
+@pytest.mark.parametrize("variant", [EREG, "SM+SNorm", "SM(1)+LN(a)+R+V"])
+def test_one_batch_that_overflows_costs_one_step_and_not_the_run(corpus, variant):
+    class Overflow(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            def scaled(module, args, output):
+                return output * float("inf") if module.training and state.global_step + 1 == 3 else output
+
+            model.transformer.wte.register_forward_hook(scaled)
+
+    record = train(corpus, variant, recipe=replace(RECIPE, warmup_ratio=0.0), callbacks=[Overflow()])
+    assert (record.status, record.skipped_steps) == ("finished", 1)
+    assert all(value.isfinite().all() for value in record.model.state_dict().values())
+
+
 def test_many_in_a_row_end_the_run_as_collapsed(corpus, tmp_path):
     recipe = replace(RECIPE, steps=50, max_skipped_in_a_row=3)
     record = train(corpus, recipe=recipe, callbacks=[_NaNGradients(range(4, 50))], output_dir=tmp_path)
