@@ -148,7 +148,7 @@ def pad_heads(per_head: Tensor, heads: int) -> Tensor:
 _ENTROPY_TOLERANCE = max(ROW_SUM_TOLERANCE.values())
 
 
-def _head_entropies(entropy: Tensor) -> Tensor:
+def head_entropies(entropy: Tensor) -> Tensor:
     """As float64, with NaN for static heads, of which the records' JSON says null."""
     entropy = torch.as_tensor(_without_none(entropy), dtype=torch.float64)
     static = entropy.isnan()
@@ -175,7 +175,7 @@ def entropy_bands(entropy: Tensor) -> Tensor:
     growing is entropic overload. If every entropy is 0, all heads are in the first band. Static heads, NaN, do not
     count; NaN where there is no other.
     """
-    entropy = _head_entropies(entropy)
+    entropy = head_entropies(entropy)
     entropy = entropy[~entropy.isnan()]
     if not entropy.numel():
         return torch.full((4,), math.nan)
@@ -194,7 +194,7 @@ def diagnose(entropy: Tensor, context_length: int) -> dict[str, Tensor]:
     """
     if context_length < 2:
         raise ValueError(f"context_length must be at least 2 for entropy to vary, got {context_length}")
-    fraction = _head_entropies(entropy) / math.log(context_length)
+    fraction = head_entropies(entropy) / math.log(context_length)
     if fraction.dim() != 2:
         raise ValueError(f"expected head entropies of shape [layers, heads], got {tuple(fraction.shape)}")
     if fraction.nan_to_num().max() > 1 + _ENTROPY_TOLERANCE:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from entropy_lib.entropy import max_entropy
+from entropy_lib.entropy import head_entropies, max_entropy
 from entropy_lib.explore.controls import Explorer, below_inside_above, dropdown, slider
 from entropy_lib.explore.figures import COLLAPSE, HEALTHY, IN_NATS, INK, OVERLOAD, _mark, go, make_subplots
 from entropy_lib.explore.recorded_runs import label, recorded
@@ -30,9 +30,13 @@ def penalty_explorer(record: RunRecord | Sequence[RunRecord] | None = None) -> P
     Every dot is a head at its mean entropy E in nats. A record does not hold the rows of a head: they are taken at one
     share of what each can reach, E_i = E · log(i+1) / mean_i log(i+1). With per="head" that makes no difference.
     T is the `context_size` in E_max = log T. The gradient is d(loss)/dE of one head by autograd, the loss being the
-    mean over all heads for one sequence. Raises ValueError where there is no record.
+    mean over all heads for one sequence. Static heads have no entropy and no share in it. Raises ValueError where there
+    is no record of a model with a softmax.
     """
-    return PenaltyExplorer(recorded(record))
+    records = [record for record in recorded(record) if not head_entropies(record.entropy).isnan().all()]
+    if not records:
+        raise ValueError("no head of these records has a softmax, so there is no entropy to penalise")
+    return PenaltyExplorer(records)
 
 
 class PenaltyExplorer(Explorer):
@@ -63,7 +67,7 @@ class PenaltyExplorer(Explorer):
 
     def _load(self, index: int) -> None:
         self.record = self._records[index]
-        self.entropy = torch.tensor(self.record.entropy, dtype=torch.float64)  # [L, H]
+        self.entropy = head_entropies(self.record.entropy)  # [L, H], NaN for static heads
         reach = max_entropy(self.record.context_length, causal=True, dtype=torch.float64)  # [T]
         self._shape_of_rows, self._reach = reach / reach.mean(), reach.mean().item()
 
@@ -74,12 +78,12 @@ class PenaltyExplorer(Explorer):
         return EntropyRegularization(value["lambda"], value["gamma"], context_size=value["T"], **options)
 
     def loss(self, entropy: Tensor) -> Tensor:
-        """The regularisation loss of heads with mean entropies [L, H] in nats, a scalar."""
-        rows = entropy[..., None] * self._shape_of_rows  # [L, H, T]
-        return self.regularization()([layer[None] for layer in rows], self._thresholds(entropy.shape[1]))
+        """The regularisation loss of heads with mean entropies [L, H] in nats, NaN for static ones, a scalar."""
+        rows = [layer[~layer.isnan(), None] * self._shape_of_rows for layer in entropy]  # [h, T] each
+        return self.regularization()([layer[None] for layer in rows], self._thresholds(len(rows), max(map(len, rows))))
 
-    def _thresholds(self, heads: int) -> Tensor:
-        return torch.full((heads,), self.controls["theta"].value, dtype=torch.float64)
+    def _thresholds(self, *shape: int) -> Tensor:
+        return torch.full(shape, self.controls["theta"].value, dtype=torch.float64)
 
     def _alone(self, entropy: Tensor) -> tuple[Tensor, Tensor]:
         """What one head adds and d(that)/dE, for each of [n] heads on its own: [n], [n]."""
@@ -100,7 +104,7 @@ class PenaltyExplorer(Explorer):
         self.controls["reduction"].disabled = value["per"] == "head"
         ceiling = self._reach if causal else math.log(value["T"])
         low, high = (value["theta"] - value["gamma"]) * ceiling, (value["theta"] + value["gamma"]) * ceiling
-        heads = self.entropy.flatten()
+        heads = self.entropy[~self.entropy.isnan()]
         edges = [edge + nudge for edge in (low, high) for nudge in (-1e-9, 1e-9) if 0 < edge < self._reach]
         grid = torch.linspace(0, self._reach, POINTS, dtype=torch.float64)
         grid = torch.cat([grid, torch.tensor(edges, dtype=torch.float64)]).sort().values
@@ -141,8 +145,8 @@ class PenaltyExplorer(Explorer):
         layout.annotations[3].x = self._reach
 
     def _draw_states(self, states: np.ndarray) -> None:
-        self._states, data, entropy = states, self.figure.data, self.entropy.flatten().numpy()
-        places = np.stack(np.divmod(np.arange(len(states), dtype=np.int32), self.entropy.shape[1]), axis=1)
+        places = (~self.entropy.isnan()).nonzero().int().numpy()
+        self._states, data, entropy = states, self.figure.data, self.entropy[tuple(places.T)].numpy()
         for state in range(3):
             those = states == state
             for curve in CURVES:

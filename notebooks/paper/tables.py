@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from entropy_lib.entropy import diagnose, entropy_bands
+from entropy_lib.entropy import diagnose, entropy_bands, head_entropies
 from entropy_lib.private_inference.costs import paper_tables
 from entropy_lib.training.parallel import Run, recorded
 from entropy_lib.training.recipe import Recipe, get_recipe
@@ -315,7 +315,7 @@ def _outcome(record: RunRecord, baseline: list[RunRecord]) -> dict:
         "tokens": record.tokens,
         "perplexity": result["perplexity"],
         "gap": result["gap"],
-        "entropy": float(np.mean(record.entropy)),
+        "entropy": head_entropies(record.entropy).nanmean().item(),
         **_heads([record]),
         "top_band": entropy_bands(record.entropy)[3].item(),
         "minutes": record.minutes,

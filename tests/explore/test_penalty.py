@@ -1,6 +1,8 @@
 """The penalty explorer shows the library's own penalty, gradient and counts, whatever its controls say."""
 
 import math
+import re
+import warnings
 
 import numpy as np
 import pytest
@@ -115,6 +117,32 @@ def test_edge_values_draw_finite_numbers(entropy, theta):
     assert "loss of" not in explorer.status.value
 
 
+def test_static_heads_have_no_share_in_the_penalty():
+    some, own = [[0.5, None, None], [3.5, 2.0, None], [None] * 3], [[0.5], [3.5, 2.0]]
+    explorer = explore.penalty_explorer(record(some))
+    regularization, theta = explorer.regularization(), torch.tensor([0.5], dtype=torch.float64)
+    penalties = [head_by_head(layer, regularization, theta.item())[0] for layer in own]
+    total = np.mean([layer.mean() for layer in penalties])  # over the layers that have heads
+    assert explorer.loss(explorer.entropy).item() == pytest.approx(total)
+    assert dots(explorer, PENALTY)[0] == pytest.approx([0.5, 3.5, 2.0])
+    np.testing.assert_allclose(dots(explorer, PENALTY)[1], np.concatenate(penalties))
+    assert list(explorer.figure.data[1].x) == [0]  # the head below the band, at its place on the map
+    assert list(explorer.figure.data[1].y) == [0]
+    assert "1 below · 1 inside · 1 above" in re.sub("<[^>]*>", "", explorer.status.value)
+    with pytest.raises(ValueError, match="no head of these records has a softmax"):
+        explore.penalty_explorer(record([[None, None]]))
+
+
+def test_every_committed_record_can_be_chosen():
+    records = recorded(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for variant in {found.variant: found for found in records}.values():
+            explore.run_explorer([records[0], variant])
+            if any(entropy is not None for layer in variant.entropy for entropy in layer):
+                explore.penalty_explorer([records[0], variant]).controls["run"].value = 1
+
+
 def test_a_control_that_does_nothing_is_off():
     explorer = explore.penalty_explorer(record([[1.0, 2.0]]))
     assert explorer.controls["reduction"].disabled
@@ -126,7 +154,7 @@ def test_a_control_that_does_nothing_is_off():
 
 def test_recorded_runs_are_there_by_default_and_can_be_changed():
     explorer = explore.penalty_explorer()
-    records = recorded(None)
+    records = [record for record in recorded(None) if record.entropy[0][0] is not None]
     assert len(explorer.controls["run"].options) == len(records)
     explorer.controls["run"].value = 1
     np.testing.assert_allclose(explorer.figure.data[0].z, records[1].entropy)
