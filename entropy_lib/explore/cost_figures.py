@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from entropy_lib.explore.figures import GRID, INK, VARIANT_COLORS, _dress, _ink, _plain, _spread, go
@@ -53,8 +54,14 @@ def part_bars(
     return _dress(figure, title, 110 + 34 * len(rows))
 
 
-def quality_against_cost(points: Mapping[str, tuple[float, float]], *, title: str, x_title: str, y_title: str):
-    """One dot a variant, {name: (cost, perplexity)}, lower left the best; a line joins those that nothing beats."""
+def quality_against_cost(
+    points: Mapping[str, tuple[float, float]], *, title: str, x_title: str, y_title: str,
+    spread: Mapping[str, float] | None = None, log_x: bool = False,
+) -> go.Figure:  # fmt: skip
+    """One dot a variant, {name: (cost, perplexity)}, lower left the best; a line joins those that nothing beats.
+
+    `spread` {name: half the length} puts a bar through a dot.
+    """
     figure = go.Figure()
     best = sorted(
         (cost, loss)
@@ -63,7 +70,8 @@ def quality_against_cost(points: Mapping[str, tuple[float, float]], *, title: st
     )
     steps = {"line": {"color": GRID, "width": 3, "shape": "hv"}, "hoverinfo": "skip", "showlegend": False}
     figure.add_scatter(x=[cost for cost, _ in best], y=[loss for _, loss in best], mode="lines", **steps)
-    reach = 1.3 * max(cost for cost, _ in points.values())
+    costs = [cost for cost, _ in points.values()]
+    span = [math.log10(min(costs) / 1.3), math.log10(2.5 * max(costs))] if log_x else [0, 1.3 * max(costs)]
     losses = [loss for _, loss in points.values()]
     low, high = min(losses), max(losses)
     room = 0.15 * (high - low or high)
@@ -74,8 +82,18 @@ def quality_against_cost(points: Mapping[str, tuple[float, float]], *, title: st
         color = _ink(VARIANT_COLORS.get(name, INK))
         dot = {"mode": "markers", "marker": {"size": 11, "color": color}, "name": name, "showlegend": False}
         hover = f"{name}: %{{x:.3g}}, perplexity %{{y:.3g}}<extra></extra>"
+        if (half := (spread or {}).get(name, 0)) > 0:
+            dot["error_y"] = {"array": [half], "color": color, "thickness": 1.5, "width": 5}
         figure.add_scatter(x=[cost], y=[loss], hovertemplate=hover, **dot)
-        place = {"x": cost, "y": loss, "text": name, "font": {"color": color}, "xanchor": "left"}
+        place = {
+            "x": math.log10(cost) if log_x else cost,
+            "y": loss,
+            "text": name,
+            "font": {"color": color},
+            "xanchor": "left",
+        }
         figure.add_annotation(**place, ax=16, ay=loss * scale - at, arrowcolor=color, standoff=6)
-    figure.update_xaxes(title_text=x_title, range=[0, reach])
+    figure.update_xaxes(title_text=x_title, range=span)
+    if log_x:
+        figure.update_xaxes(type="log", dtick="D2", tickformat=",")  # 1, 2, 5
     return figure.update_yaxes(title_text=y_title, range=[low - room, high + room])

@@ -19,7 +19,7 @@ import pandas as pd
 
 from entropy_lib.modeling import MODEL_SIZES, EntropyGPT2Config
 from entropy_lib.private_inference.architecture import Architecture
-from entropy_lib.private_inference.costs import inference_cost
+from entropy_lib.private_inference.costs import InferenceCost, inference_cost
 from entropy_lib.training.recipe import Recipe, get_recipe
 from entropy_lib.training.records import RunRecord
 from entropy_lib.variants import PRIVATE_VARIANTS, VARIANTS, get_variant
@@ -111,7 +111,12 @@ def goals(table: pd.DataFrame) -> pd.DataFrame:
 
 def block_megabytes(variant: str, prices: str) -> float:
     """MB of the twelve blocks of GPT-2 small at T = 128, both ways."""
-    return inference_cost(replace(Architecture.of(_config(variant)), vocabulary=0), T, prices).communication_gb * 1e3
+    return blocks_cost(variant, prices).communication_gb * 1e3
+
+
+def blocks_cost(variant: str, prices: str) -> InferenceCost:
+    """What the twelve blocks of GPT-2 small cost at T = 128, without embedding, last LayerNorm and vocabulary."""
+    return inference_cost(replace(Architecture.of(_config(variant)), vocabulary=0), T, prices)
 
 
 def _rest(variant: str, logits_to_keep: int) -> float:

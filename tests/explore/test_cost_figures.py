@@ -1,5 +1,7 @@
 """Bars of parts and the frontier of perplexity against bytes: what is drawn is what was given."""
 
+import math
+
 import pytest
 
 pytest.importorskip("plotly")
@@ -42,3 +44,14 @@ def test_the_line_joins_what_nothing_beats():
     assert list(zip(figure.data[0].x, figure.data[0].y, strict=True)) == [(1.0, 9.0), (2.0, 6.0), (5.0, 3.0)]
     assert {trace.name: (trace.x[0], trace.y[0]) for trace in figure.data[1:]} == points
     assert [note.text for note in figure.layout.annotations] == list(points)
+
+
+def test_spreads_are_bars_and_a_logarithmic_axis_keeps_names_at_their_dots():
+    points = {"cheap": (10.0, 9.0), "dear": (1000.0, 3.0)}
+    spread = {"cheap": 0.5, "dear": math.nan}
+    figure = quality_against_cost(points, title="", x_title="MB", y_title="", spread=spread, log_x=True)
+    cheap, dear = figure.data[1:]
+    assert (cheap.error_y.array[0], dear.error_y.array) == (0.5, None)
+    assert [note.x for note in figure.layout.annotations] == [1.0, 3.0]
+    low, high = figure.layout.xaxis.range
+    assert (figure.layout.xaxis.type, low < 1.0, high > 3.0) == ("log", True, True)
