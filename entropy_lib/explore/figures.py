@@ -25,7 +25,8 @@ COLLAPSE, OVERLOAD, HEALTHY, INK, GRID = "#3B6FB6", "#C8553D", "#8A9099", "#2B2F
 DARK_INK, DARK_GRID = "#A4AAB3", "rgba(140,146,156,0.25)"
 IN_NATS = {"text": "nats", "side": "top", "font": {"size": 13}}  # title of a colour bar
 
-# Okabe-Ito without its yellow, which vanishes on white; indigo, olive and wine are Tol's, then grey and brown.
+# Okabe-Ito without its yellow, which vanishes on white; the first three, indigo, olive and wine are Tol's, and there
+# are a grey and a brown.
 # fmt: off
 VARIANT_COLORS = {
     "R2(0,0,1)+LN(a)+R(2d)+V": "#117733", "SM(1)+LN(a)+R+V": "#44AA99", "SM(2)+LN(a)+R+V": "#AA4499",
