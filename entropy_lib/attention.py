@@ -132,7 +132,7 @@ def _eager_rows(
 ) -> tuple[Tensor | None, ...]:
     """`_eager` by the definition: the weights [B, H, T_q, T_k] are float32 or float64, 0 where masked."""
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-    visible = _visible_keys(mask, causal, query.shape[2], key.shape[2], query.device, shift)
+    visible = visible_mask(mask, causal, query.shape[2], key.shape[2], query.device, shift)
     with torch.autocast(query.device.type, enabled=False):
         logits = query.to(dtype) @ _repeat_heads(key, query.shape[1]).to(dtype).transpose(-1, -2)
         logits = logits * _scale(scale, query)
@@ -238,7 +238,7 @@ def _check_shapes(
         raise ValueError(f"a mask of keys must have shape {wanted}, got {list(mask.shape)}")
 
 
-def _visible_keys(
+def visible_mask(
     mask: Tensor | None,
     causal: bool,
     query_len: int,

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
-from entropy_lib.attention import _visible_keys, entropy_attention, entropy_of_attention
+from entropy_lib.attention import entropy_attention, entropy_of_attention, visible_mask
 
 # Arguments of transformers' attention functions that change the logits, or which keys there are.
 CHANGES_LOGITS = "softcap s_aux sinks position_bias alibi attention_bias head_mask cache indices block_indices".split()
@@ -99,7 +99,7 @@ def visible_keys(module: nn.Module, attention_mask: Tensor | None, query: Tensor
         return None
     if mask is not None and mask.dtype != torch.bool:  # compiled code cannot look at values: eager attention's own mask
         mask = mask == 0 if torch.compiler.is_compiling() else _visible_where_added(mask, module)
-    visible = _visible_keys(mask, causal, query.shape[2], key_len, query.device)
+    visible = visible_mask(mask, causal, query.shape[2], key_len, query.device)
     if visible is None:
         visible = torch.ones(1, 1, dtype=torch.bool, device=query.device)
     return visible[(None,) * (4 - visible.dim())]
@@ -139,7 +139,7 @@ def attend(
     wants_max = bool(recorders) and _wants_max_logits(module)
     rows = {"scale": scaling, "causal": causal, "mask": mask, "return_max_logits": wants_max}
     if dropout > 0 or value.shape != key.shape:
-        visible = _visible_keys(mask, causal, query_len, key_len, query.device)
+        visible = visible_mask(mask, causal, query_len, key_len, query.device)
         output = sdpa_attention_forward(
             module, query, key, value, visible, dropout=dropout, scaling=scaling, is_causal=False
         )[0]
@@ -208,7 +208,7 @@ def attention_on_request_forward(
     """
     mask, causal = _read(attention_mask, module, is_causal, key.shape[2])
     if mask is not None and mask.dim() == 2:
-        mask = _visible_keys(mask, causal, query.shape[2], key.shape[2], query.device)
+        mask = visible_mask(mask, causal, query.shape[2], key.shape[2], query.device)
     return sdpa_attention_forward(module, query, key, value, mask, is_causal=causal, **kwargs)
 
 

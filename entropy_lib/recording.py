@@ -157,7 +157,7 @@ class EntropyRecorder:
     def _enter(self) -> None:
         """Switch the model to "entropy" and listen; undone by `_leave`, in whatever order recorders are left."""
         with _LOCK:
-            self._configs = _configs(self._inner)
+            self._configs = configs_of(self._inner)
             for config in self._configs:
                 _switched.setdefault(id(config), [config, config._attn_implementation, 0])[2] += 1
             self._open = True
@@ -405,7 +405,7 @@ def record_entropy(
         )
 
 
-def _configs(model: nn.Module) -> list[PreTrainedConfig]:
+def configs_of(model: nn.Module) -> list[PreTrainedConfig]:
     """Every configuration in the model and their sub-configurations, each object once."""
     found = {}
     waiting = [getattr(module, "config", None) for module in model.modules()]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from entropy_lib.recording import _configs
+from entropy_lib.recording import configs_of
 
 SAMPLE = Path(__file__).with_name("attention_logits.npz")
 _FLOOR = math.log(torch.finfo(torch.float32).tiny)  # -87.3 nats
@@ -54,7 +54,7 @@ def as_logits(logits) -> AttentionLogits:
 def left_as_it_was(model: PreTrainedModel) -> Iterator[None]:
     """Puts back which modules are in training mode, and the attention of the model and of its parts."""
     training = [(module, module.training) for module in model.modules()]
-    attention = [(config, config._attn_implementation) for config in _configs(model)]
+    attention = [(config, config._attn_implementation) for config in configs_of(model)]
     try:
         yield
     finally:

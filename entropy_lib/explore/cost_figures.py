@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from entropy_lib.explore.figures import GRID, INK, VARIANT_COLORS, _dress, _ink, _plain, _spread, go
+from entropy_lib.explore.figures import GRID, INK, VARIANT_COLORS, go, laid_out, moved_apart, significant, themed
 
 PART_COLORS = {  # nonlinear operations in colour, linear ones in greys
     "softmax": "#0072B2",
@@ -31,7 +31,7 @@ def part_bars(
         raise ValueError(f"unknown part(s) {sorted(unknown)}; the parts are {', '.join(PART_COLORS)}")
     figure, rows = go.Figure(), list(costs)
     for part, color in PART_COLORS.items():
-        values = _plain([costs[row].get(part, 0.0) for row in rows])
+        values = significant([costs[row].get(part, 0.0) for row in rows])
         if not any(values):
             continue
         hover = "%{y}: %{x:.3g}<extra>" + part + "</extra>"
@@ -44,14 +44,14 @@ def part_bars(
         place = {"x": ahead, "y": row, "xanchor": "left", "xshift": 6, "showarrow": False}
         figure.add_annotation(text=f"{total:,.0f}" if total >= 100 else f"{total:.3g}", **place)
     if marks:
-        cross = {"symbol": "x", "size": 8, "color": _ink(INK), "line": {"color": "white", "width": 1}}
-        where = {"x": _plain(list(marks.values())), "y": list(marks)}
+        cross = {"symbol": "x", "size": 8, "color": themed(INK), "line": {"color": "white", "width": 1}}
+        where = {"x": significant(list(marks.values())), "y": list(marks)}
         figure.add_scatter(**where, mode="markers", marker=cross, name="printed in the paper")
     legend = {"x": 1, "y": 0, "xanchor": "right", "yanchor": "bottom", "traceorder": "normal"}  # under the long bars
     figure.update_layout(barmode="stack", bargap=0.3, legend=legend)
     figure.update_xaxes(title_text=x_title, range=[0, 1.12 * reach])
     figure.update_yaxes(autorange="reversed", ticks="", ticksuffix=" ", showgrid=False, automargin=True)
-    return _dress(figure, title, 110 + 34 * len(rows))
+    return laid_out(figure, title, 110 + 34 * len(rows))
 
 
 def quality_against_cost(
@@ -75,11 +75,11 @@ def quality_against_cost(
     losses = [loss for _, loss in points.values()]
     low, high = min(losses), max(losses)
     room = 0.15 * (high - low or high)
-    figure = _dress(figure, title, 420)
+    figure = laid_out(figure, title, 420)
     scale = 300 / (high - low + 2 * room)  # px per unit
-    heights = _spread([loss * scale for loss in losses], gap=18)
+    heights = moved_apart([loss * scale for loss in losses], gap=18)
     for (name, (cost, loss)), at in zip(points.items(), heights, strict=True):
-        color = _ink(VARIANT_COLORS.get(name, INK))
+        color = themed(VARIANT_COLORS.get(name, INK))
         dot = {"mode": "markers", "marker": {"size": 11, "color": color}, "name": name, "showlegend": False}
         hover = f"{name}: %{{x:.3g}}, perplexity %{{y:.3g}}<extra></extra>"
         if (half := (spread or {}).get(name, 0)) > 0:

@@ -72,7 +72,7 @@ def lines(
     `reference` adds dashed horizontal lines {label: value}; lines named in `stopped` end in a cross. Points that
     are not finite are left out.
     """
-    points = {name: list(zip(_plain(x), _plain(y), strict=True)) for name, (x, y) in curves.items()}
+    points = {name: list(zip(significant(x), significant(y), strict=True)) for name, (x, y) in curves.items()}
     points = {name: [pair for pair in pairs if None not in pair] for name, pairs in points.items()}
     if not points or not all(points.values()):
         raise ValueError(f"nothing finite to draw for {[name for name, pairs in points.items() if not pairs]}")
@@ -83,21 +83,21 @@ def lines(
         y_range = (min(values) - room, max(values) + room)
     ends_labelled = labels and len(points) <= 6
     right = 30 + 7.3 * max(len(name) + 2 * (name in stopped) for name in points) if ends_labelled else 24
-    figure = _dress(go.Figure(), title, height, right=right)
+    figure = laid_out(go.Figure(), title, height, right=right)
     ends = []
     for index, (name, pairs) in enumerate(points.items()):
         x, y = zip(*pairs, strict=True)
-        color = _ink(colors.get(name, PALETTE[index % len(PALETTE)]))
+        color = themed(colors.get(name, PALETTE[index % len(PALETTE)]))
         figure.add_scatter(x=x, y=y, mode="lines", name=name, line={"color": color, "width": 2})
         if name in stopped:
             cross = {"symbol": "x", "size": 9, "color": color}
             figure.add_scatter(x=x[-1:], y=y[-1:], mode="markers", marker=cross, showlegend=False, hoverinfo="skip")
         ends.append((name + " ✕" * (name in stopped), color, x[-1], min(max(y[-1], y_range[0]), y_range[1])))
     for label, value in reference.items():
-        _mark(figure, "y", value, label)
+        mark_place(figure, "y", value, label)
     if ends_labelled:
         scale = (height - figure.layout.margin.t - figure.layout.margin.b) / (y_range[1] - y_range[0])  # px per unit
-        heights = _spread([y * scale for *_, y in ends], gap=17)
+        heights = moved_apart([y * scale for *_, y in ends], gap=17)
         for (label, color, x, y), at in zip(ends, heights, strict=True):
             leader = {"ax": 20, "ay": y * scale - at, "arrowcolor": color, "standoff": 3}
             leader["x"] = math.log10(x) if log_x else x
@@ -117,7 +117,7 @@ def loss_curves(histories: Mapping, *, x="step", y="loss", title="Loss over trai
     Options as in `lines`, above all reference={"unigram entropy": 6.1} and stopped={names of runs that diverged}.
     The axis ends at the highest loss that a run starts with, so that a diverging run does not flatten the others.
     """
-    losses = [[loss for loss in _plain(table[y]) if loss is not None] for table in histories.values()]
+    losses = [[loss for loss in significant(table[y]) if loss is not None] for table in histories.values()]
     marks = list((options.get("reference") or {}).values())
     top = max([values[0] for values in losses if values] + marks, default=1)
     low = min([min(values) for values in losses if values] + marks, default=0)
@@ -134,7 +134,7 @@ def entropy_heatmap(entropy, context_length: int, title: str | None = None) -> g
 
 def entropy_heatmaps(entropies: Mapping, context_length: int, title: str | None = None) -> go.Figure:
     """Head entropies of several models, {name: [L, H]} in nats, side by side on one colour scale."""
-    grids = {name: [_plain(row) for row in _nested(grid, 2)] for name, grid in entropies.items()}
+    grids = {name: [significant(row) for row in _nested(grid, 2)] for name, grid in entropies.items()}
     alone, columns, layers = len(grids) == 1, min(len(grids), 4), max(map(len, grids.values()))
     rows = math.ceil(len(grids) / columns)
     height = 50 + rows * (66 + max((24 if alone else 17) * layers, 130))
@@ -156,12 +156,12 @@ def entropy_heatmaps(entropies: Mapping, context_length: int, title: str | None 
     names = [*map(str, ticks[:-1]), f"{ceiling:.2f} = log {context_length}"]
     bar = {"title": IN_NATS, "thickness": 12, "outlinewidth": 0, "tickvals": ticks, "ticktext": names, "len": 1}
     figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "cmax": ceiling, "colorbar": bar})
-    return _dress(figure, title or "Mean entropy of every head, by model", height, extra_top=0 if alone else 22)
+    return laid_out(figure, title or "Mean entropy of every head, by model", height, extra_top=0 if alone else 22)
 
 
 def entropy_band_bars(bands: Mapping, title: str | None = None) -> go.Figure:
     """Share of heads in the four bands of Figure 2a, {name: [4]} from `entropy_bands`, one bar a model."""
-    shares = [[100 * share for share in _plain(fractions)] for fractions in bands.values()]
+    shares = [[100 * share for share in significant(fractions)] for fractions in bands.values()]
     if any(len(share) != 4 for share in shares):
         raise ValueError(f"expected four fractions a model, got {[len(share) for share in shares]}")
     figure = go.Figure()
@@ -176,7 +176,7 @@ def entropy_band_bars(bands: Mapping, title: str | None = None) -> go.Figure:
     figure.update_layout(barmode="stack", bargap=0.35, legend=legend)
     figure.update_xaxes(title_text="share of heads (%)", range=[0, 100]).update_yaxes(autorange="reversed", ticks="")
     title = title or "Share of heads by entropy, in quarters of the largest head entropy"
-    return _dress(figure, title, 130 + 40 * len(shares), extra_top=26)
+    return laid_out(figure, title, 130 + 40 * len(shares), extra_top=26)
 
 
 def layer_entropy_curves(steps, entropy_history, context_length: int, title: str | None = None) -> go.Figure:
@@ -192,8 +192,8 @@ def layer_entropy_curves(steps, entropy_history, context_length: int, title: str
     look["reference"] = {"uniform over the visible keys": math.lgamma(context_length + 1) / context_length}
     title = title or "Mean entropy of each layer over training"
     figure = lines(curves, title=title, x_title=_AXIS_TITLES["step"], y_title="entropy (nats)", **look)
-    _mark(figure, "y", 0, "collapse", ceiling / 4, COLLAPSE)
-    return _mark(figure, "y", 0.75 * ceiling, "overload", ceiling, OVERLOAD)
+    mark_place(figure, "y", 0, "collapse", ceiling / 4, COLLAPSE)
+    return mark_place(figure, "y", 0.75 * ceiling, "overload", ceiling, OVERLOAD)
 
 
 def attention_rows(rows: Mapping, title: str, notes: Mapping | None = None) -> go.Figure:
@@ -201,10 +201,10 @@ def attention_rows(rows: Mapping, title: str, notes: Mapping | None = None) -> g
     labels = [f"<b>{label}</b>" + (f"<br>{notes[label]}" if notes else "") for label in rows]
     figure = make_subplots(1, len(rows), subplot_titles=labels, shared_yaxes=True, horizontal_spacing=0.03)
     for column, weights in enumerate(rows.values(), start=1):
-        figure.add_bar(y=_plain(weights), marker={"color": HEALTHY, "line": {"width": 0}}, row=1, col=column)
+        figure.add_bar(y=significant(weights), marker={"color": HEALTHY, "line": {"width": 0}}, row=1, col=column)
     figure.update_xaxes(title_text="key", showgrid=False).update_yaxes(range=[0, 1.02], tickvals=[0, 0.5, 1])
     figure.update_yaxes(title_text="attention weight", col=1).update_annotations(font_size=13, yshift=4)
-    return _dress(figure.update_layout(showlegend=False), title, 290, extra_top=40 if notes else 22)
+    return laid_out(figure.update_layout(showlegend=False), title, 290, extra_top=40 if notes else 22)
 
 
 def temperature_curves(temperatures, entropy, ceiling: float, title: str, mark: float = 1.0) -> go.Figure:
@@ -213,34 +213,36 @@ def temperature_curves(temperatures, entropy, ceiling: float, title: str, mark: 
     label = {f"{ceiling:.2f} nats: every key counts the same": ceiling}
     axes = {"x_title": "temperature t", "y_title": "entropy (nats)", "log_x": True, "y_range": (0, 1.1 * ceiling)}
     # The curves meet at both ends, so end labels would pile up; which head is which tells nothing here.
-    return _mark(lines(curves, title=title, reference=label, labels=False, **axes), "x", mark, f"t = {mark:g}")
+    return mark_place(lines(curves, title=title, reference=label, labels=False, **axes), "x", mark, f"t = {mark:g}")
 
 
 def penalty_curve(entropy, penalty, gradient, *, threshold: float, margin: float, ceiling: float, title: str):
     """The penalty of Algorithm 1 and its slope at head entropies [n]; θ and γ (`margin`) are fractions of E_max."""
     figure = make_subplots(1, 2, horizontal_spacing=0.11)
     for column, values, label in ((1, penalty, "penalty (nats²)"), (2, gradient, "d penalty / dE (nats)")):
-        cell, line = {"row": 1, "col": column}, {"color": _ink(INK), "width": 2}
-        figure.add_scatter(x=_plain(entropy), y=_plain(values), mode="lines", line=line, showlegend=False, **cell)
+        cell, line = {"row": 1, "col": column}, {"color": themed(INK), "width": 2}
+        figure.add_scatter(
+            x=significant(entropy), y=significant(values), mode="lines", line=line, showlegend=False, **cell
+        )
         figure.update_yaxes(title_text=label, **cell)
-        _mark(figure, "x", 0, "pushed up", (threshold - margin) * ceiling, COLLAPSE, **cell)
-        _mark(figure, "x", (threshold + margin) * ceiling, "pushed down", ceiling, OVERLOAD, **cell)
-        _mark(figure, "x", threshold * ceiling, "θ·E<sub>max</sub>", **cell)
-    return _dress(figure.update_xaxes(title_text="entropy of the head (nats)", range=[0, ceiling]), title, 360)
+        mark_place(figure, "x", 0, "pushed up", (threshold - margin) * ceiling, COLLAPSE, **cell)
+        mark_place(figure, "x", (threshold + margin) * ceiling, "pushed down", ceiling, OVERLOAD, **cell)
+        mark_place(figure, "x", threshold * ceiling, "θ·E<sub>max</sub>", **cell)
+    return laid_out(figure.update_xaxes(title_text="entropy of the head (nats)", range=[0, ceiling]), title, 360)
 
 
 def ceilings_by_row(ceilings, *, lower: float, upper: float, context_ceiling: float, title: str) -> go.Figure:
     """What each row can reach, [T] in nats, against the band [lower, upper] that one threshold asks of all rows."""
-    reach, top = _plain(ceilings), 1.12 * max(upper, context_ceiling)
+    reach, top = significant(ceilings), 1.12 * max(upper, context_ceiling)
     look = {"labels": False, "colors": {"reach": INK}, "reference": {f"log T = {context_ceiling:.2f}": context_ceiling}}
     look |= {"x_title": "query position i", "y_title": "entropy (nats)", "y_range": (0, top)}
     figure = lines({"reach": (range(len(reach)), reach)}, title=title, **look)
     name, middle = "log(i + 1), all that row i can reach", len(reach) // 2
     figure.add_annotation(x=middle, y=reach[middle], text=name, ax=40, ay=40, xanchor="left")
-    _mark(figure, "y", lower, "the band every row is held to", upper, HEALTHY)
+    mark_place(figure, "y", lower, "the band every row is held to", upper, HEALTHY)
     short = sum(value < lower for value in reach)
     if short:
-        _mark(figure, "x", 0, f"{short} rows cannot reach it", short - 0.5, COLLAPSE, beside=True)
+        mark_place(figure, "x", 0, f"{short} rows cannot reach it", short - 0.5, COLLAPSE, beside=True)
     return figure
 
 
@@ -275,7 +277,7 @@ def save(figure: go.Figure, folder: str | Path, name: str, picture: bytes | None
     return page
 
 
-def _plain(values) -> list:
+def significant(values) -> list:
     """Numbers as a list of six significant digits, None where not finite: small and readable in a notebook."""
     values = values.tolist() if hasattr(values, "tolist") else [getattr(v, "item", lambda v=v: v)() for v in values]
     return [v if isinstance(v, int) else float(f"{v:.6g}") if math.isfinite(v) else None for v in values]
@@ -289,11 +291,12 @@ def _nested(array, dims: int) -> list:
     return [_nested(row, dims - 1) for row in array] if dims else array
 
 
-def _ink(color: str) -> str:
+def themed(color: str) -> str:
+    """The colour, or light ink for black and dark ink where the dark template is the default."""
     return DARK_INK if pio.templates.default == "entropy_dark" and color in (INK, "#000000") else color
 
 
-def _dress(figure: go.Figure, title: str, height: int, right: float = 24, extra_top: int = 0) -> go.Figure:
+def laid_out(figure: go.Figure, title: str, height: int, right: float = 24, extra_top: int = 0) -> go.Figure:
     """Template, bold title wrapped to the width, height and margins. The template is named, not left to a default."""
     words = textwrap.wrap(title, 90)
     margin = {"l": 64, "r": right, "t": 24 + 20 * len(words) + extra_top, "b": 56}
@@ -303,12 +306,12 @@ def _dress(figure: go.Figure, title: str, height: int, right: float = 24, extra_
     return figure.update_layout(template=template, title={"text": text, "pad": pad}, height=height, margin=margin)
 
 
-def _mark(figure: go.Figure, axis: str, start: float, label: str, end=None, color=None, beside=False, **cell):
+def mark_place(figure: go.Figure, axis: str, start: float, label: str, end=None, color=None, beside=False, **cell):
     """Mark and name a place on an axis: a thin line at `start`, or a tinted band from there to `end`."""
     other, stop = "x" if axis == "y" else "y", start if end is None else end
     span = {f"{axis}0": start, f"{axis}1": stop, f"{other}0": 0, f"{other}1": 1, f"{other}ref": f"{other} domain"}
     if end is None:
-        style = {"color": _ink(INK), "width": 1, "dash": "dash" if axis == "y" else "dot"}
+        style = {"color": themed(INK), "width": 1, "dash": "dash" if axis == "y" else "dot"}
         span |= {"type": "line", "line": style, "opacity": 0.5}
         exponent = axis == "x" and figure.layout.xaxis.type == "log"  # what annotations want there, unlike shapes
         at = {axis: math.log10(start) if exponent else start, other: 1, "xshift": 4 if axis == "x" else 0}
@@ -323,7 +326,7 @@ def _mark(figure: go.Figure, axis: str, start: float, label: str, end=None, colo
     return figure.add_annotation(**{"text": label, f"{other}ref": f"{other} domain", "showarrow": False, **at}, **cell)
 
 
-def _spread(positions: list[float], gap: float) -> list[float]:
+def moved_apart(positions: list[float], gap: float) -> list[float]:
     """The positions moved apart until any two differ by `gap`, each crowd staying centred where it was."""
     order = sorted(range(len(positions)), key=positions.__getitem__)
     spread = list(positions)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_lib.explore.attention_logits import left_as_it_was
 from entropy_lib.explore.controls import CLEAR, Explorer, dropdown, keys_worth, slider
-from entropy_lib.explore.figures import IN_NATS, _dress, go, make_subplots
+from entropy_lib.explore.figures import IN_NATS, go, laid_out, make_subplots
 from entropy_lib.explore.tiny_model import TINY, load_tiny_model
 from entropy_lib.recording import record_entropy
 
@@ -262,4 +262,4 @@ def _empty_figure() -> go.Figure:
     figure.update_yaxes(tick0=0, dtick=1, row=2, col=1)
     figure.update_xaxes(title_text="key (token)", row=2, col=2).update_yaxes(title_text="query (token)", row=2, col=2)
     figure.update_layout(barmode="overlay", hovermode="closest").update_annotations(font_size=13)
-    return _dress(figure, "", 580).update_layout(margin={"l": 48, "t": 8})
+    return laid_out(figure, "", 580).update_layout(margin={"l": 48, "t": 8})

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from entropy_lib.entropy import head_entropies, max_entropy
 from entropy_lib.explore.controls import Explorer, below_inside_above, dropdown, slider
-from entropy_lib.explore.figures import COLLAPSE, HEALTHY, IN_NATS, INK, OVERLOAD, _mark, go, make_subplots
+from entropy_lib.explore.figures import COLLAPSE, HEALTHY, IN_NATS, INK, OVERLOAD, go, make_subplots, mark_place
 from entropy_lib.explore.recorded_runs import label, recorded
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.training.records import RunRecord
@@ -195,9 +195,9 @@ def _figure() -> go.Figure:
             figure.add_scatter(mode="markers", marker=dots, hovertemplate=hover, row=cell, col=2)
     where = {"row": 1, "col": 2}
     for name, color in (("collapse", COLLAPSE), ("overload", OVERLOAD)):
-        _mark(figure, "x", 0, name, 1, color, **where)
-    _mark(figure, "x", 0, "θ", **where)
-    _mark(figure, "x", 0, "uniform", **where)
+        mark_place(figure, "x", 0, name, 1, color, **where)
+    mark_place(figure, "x", 0, "θ", **where)
+    mark_place(figure, "x", 0, "uniform", **where)
     figure.update_shapes(yref="paper", y0=0, y1=1)
     figure.layout.annotations[3].update(yref="y3 domain", y=0, yanchor="bottom")
     bare = {"showline": False, "showgrid": False, "ticks": "", "row": 1, "col": 1}

@@ -10,7 +10,7 @@ import ipywidgets as widgets
 
 from entropy_lib.entropy import diagnose
 from entropy_lib.explore.controls import Explorer, coloured, dropdown, legible, row, slider
-from entropy_lib.explore.figures import COLLAPSE, OVERLOAD, PALETTE, VARIANT_COLORS, _plain
+from entropy_lib.explore.figures import COLLAPSE, OVERLOAD, PALETTE, VARIANT_COLORS, significant
 from entropy_lib.explore.live_training import LiveRun
 from entropy_lib.explore.playground_figure import MAX_RUNS, empty_figure
 from entropy_lib.modeling import MODEL_SIZES
@@ -173,7 +173,7 @@ class TrainingPlayground(Explorer):
         for slot in range(MAX_RUNS):
             run = self.runs[slot] if slot < len(self.runs) else None
             rows = list(run.rows) if run else []
-            line = {"x": [r["step"] for r in rows], "y": _plain([r["loss"] for r in rows])}
+            line = {"x": [r["step"] for r in rows], "y": significant([r["loss"] for r in rows])}
             if run:
                 color = legible(VARIANT_COLORS.get(run.variant, PALETTE[slot]))
                 line |= {"name": run.name, "line.color": color, "line.dash": DASHES[(run.number - 1) % MAX_RUNS]}
@@ -195,8 +195,8 @@ class TrainingPlayground(Explorer):
         steps = [r["step"] for r in rows]
         lines = self.figure.data[MAX_RUNS + 1 : -1]
         for layer, line in enumerate(lines):
-            line.update(x=steps, y=_plain([sum(r["entropy"][layer]) / len(r["entropy"][layer]) for r in rows]))
-        self.figure.data[-1].z = [_plain(heads) for heads in rows[-1]["entropy"]] if rows else None
+            line.update(x=steps, y=significant([sum(r["entropy"][layer]) / len(r["entropy"][layer]) for r in rows]))
+        self.figure.data[-1].z = [significant(heads) for heads in rows[-1]["entropy"]] if rows else None
         layout.xaxis2.range = [0, shown.recipe.steps if shown else self.controls["steps"].value]
         name = f": {shown.name}" if shown else ""
         layout.annotations[1].text = f"<b>Mean entropy by layer{html.escape(name)}</b>"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from entropy_lib.explore.figures import IN_NATS, INK, _dress, go, make_subplots, sample_colorscale
+from entropy_lib.explore.figures import IN_NATS, INK, go, laid_out, make_subplots, sample_colorscale
 
 MAX_RUNS = 6  # overlaid; the oldest makes room for the next
 
@@ -53,7 +53,7 @@ def empty_figure(layers: int, context_length: int) -> go.Figure:
     label = {"text": "unigram entropy: no use of context", "x": 1, "xref": "x domain", "xanchor": "right", "y": 0}
     figure.add_annotation(**label, yanchor="top", showarrow=False, visible=False)
     across = {"orientation": "h", "x": 0, "yanchor": "top"}
-    _dress(figure, "", 640, extra_top=8)
+    laid_out(figure, "", 640, extra_top=8)
     below = figure.layout.yaxis2.domain
     figure.update_layout(
         legend={"orientation": "v", "x": 1, "xanchor": "right", "y": 1, "yanchor": "top", "bgcolor": "rgba(0,0,0,0)"},

@@ -6,7 +6,7 @@ import math
 
 from entropy_lib.explore.controls import Explorer, dropdown, slider
 from entropy_lib.explore.cost_figures import PART_COLORS
-from entropy_lib.explore.figures import INK, _dress, _plain, go, make_subplots
+from entropy_lib.explore.figures import INK, go, laid_out, make_subplots, significant
 from entropy_lib.modeling import EntropyGPT2Config
 from entropy_lib.private_inference.architecture import Architecture
 from entropy_lib.private_inference.costs import InferenceCost, book_names, inference_cost, price_book, printed_cells
@@ -82,7 +82,7 @@ class CostExplorer(Explorer):
         for column, (title, quantity) in enumerate(_QUANTITIES):
             parts = [_by_part(cost, quantity) for cost in self.costs]
             for index, part in enumerate(PART_COLORS):
-                figure.data[column * len(PART_COLORS) + index].x = _plain([values[part] for values in parts])
+                figure.data[column * len(PART_COLORS) + index].x = significant([values[part] for values in parts])
             totals, crosses = figure.data[2 * len(PART_COLORS) + 2 * column :][:2]
             marks = [values[quantity] if found else None for found, values in [(p, p and p[1]) for p in printed]]
             total = [getattr(cost, quantity) for cost in self.costs]
@@ -156,7 +156,7 @@ def _empty_figure() -> go.Figure:
             hovertemplate="printed: %{x}<extra></extra>", row=1, col=column,
         )  # fmt: skip
     legend = {"orientation": "h", "x": 0.01, "xref": "container", "y": 0.0, "yref": "container", "yanchor": "bottom"}
-    _dress(figure, "", 350, extra_top=20).update_layout(barmode="stack", bargap=0.35, legend=legend)
+    laid_out(figure, "", 350, extra_top=20).update_layout(barmode="stack", bargap=0.35, legend=legend)
     figure.update_layout(margin={"l": 170, "b": 115}, legend_traceorder="normal")
     bare = {"ticks": "", "ticksuffix": " ", "showgrid": False, "range": [1.5, -0.5]}
     return figure.update_yaxes(tickvals=[0, 1], **bare)

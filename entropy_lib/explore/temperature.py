@@ -11,7 +11,7 @@ from torch import Tensor
 from entropy_lib.entropy import entropy_from_logits, log_softmax_and_softmax
 from entropy_lib.explore.attention_logits import AttentionLogits, as_logits, logits_of, read_logits
 from entropy_lib.explore.controls import Explorer, dropdown, keys_worth, slider, toggle
-from entropy_lib.explore.figures import HEALTHY, INK, OVERLOAD, _mark, go, make_subplots
+from entropy_lib.explore.figures import HEALTHY, INK, OVERLOAD, go, make_subplots, mark_place
 
 LOW, HIGH = 0.01, 100.0  # temperatures
 # Attention weights, from nothing (a clear cell on any page) to one; steeper at small weights, as their root is.
@@ -192,7 +192,7 @@ def _figure(sample: AttentionLogits) -> go.Figure:
         if cell == 2:
             figure.add_scatter(mode="markers", marker=ring, **place)
         figure.add_scatter(mode="markers", marker=here, **place)
-    _mark(figure, "y", 1, "ceiling", row=1, col=2)
+    mark_place(figure, "y", 1, "ceiling", row=1, col=2)
     figure.layout.annotations[0].update(xref="x2 domain", yref="y2")
     figure.add_annotation(text="line: Var(z/t) · rings: autograd", x=1, y=1, showarrow=False, xanchor="right",
                           yanchor="top", xref="x4 domain", yref="y4 domain")  # fmt: skip

@@ -12,12 +12,12 @@ from entropy_lib.explore.figures import (
     INK,
     OVERLOAD,
     VARIANT_COLORS,
-    _dress,
-    _ink,
-    _mark,
     go,
+    laid_out,
     layer_entropy_curves,
     make_subplots,
+    mark_place,
+    themed,
 )
 
 
@@ -41,24 +41,24 @@ def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str =
     for index, (name, shape) in enumerate((("printed in the paper", "circle-open"), ("recorded here", "circle"))):
         rows = [row for row, pair in places.items() if math.isfinite(pair[index])]
         values = [gaps[row][index] for row in rows]
-        color = [_ink(HEALTHY if index == 0 else VARIANT_COLORS.get(row.partition(",")[0], INK)) for row in rows]
+        color = [themed(HEALTHY if index == 0 else VARIANT_COLORS.get(row.partition(",")[0], INK)) for row in rows]
         look = {"color": color, "size": 13 - 4 * index, "line": {"width": 2, "color": color}}
         look["symbol"] = ["x" + shape.removeprefix("circle") if value == math.inf else shape for value in values]
         words = ["collapsed" if value == math.inf else f"{100 * value:+.1f}%" for value in values]
         hover = "%{y}: %{text}<extra>" + name + "</extra>"
         at = {"x": [places[row][index] for row in rows], "y": rows, "text": words}
         figure.add_scatter(**at, mode="markers", marker=look, name=name, hovertemplate=hover, showlegend=False)
-        sample = {"symbol": shape, "size": 11, "color": HEALTHY if index == 0 else _ink(INK)}
+        sample = {"symbol": shape, "size": 11, "color": HEALTHY if index == 0 else themed(INK)}
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=sample, name=name)
     if anything_collapsed:
         label = {"x": edge, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
         figure.add_annotation(text="collapsed ✕", **label)
-        _mark(figure, "x", high, "")
+        mark_place(figure, "x", high, "")
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
     figure.update_layout(legend=legend)
     end = edge + 0.05 * (high - low) if anything_collapsed else high
     figure.update_xaxes(
-        title_text=x_title, range=[low - 0.02 * (high - low), end], zeroline=True, zerolinecolor=_ink(INK)
+        title_text=x_title, range=[low - 0.02 * (high - low), end], zeroline=True, zerolinecolor=themed(INK)
     )
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if (high - low) / step <= 8)
     ticks = [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]  # none where ✕ stands
@@ -66,7 +66,7 @@ def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str =
     order = {"categoryorder": "array", "categoryarray": list(gaps)[::-1], "range": [-0.5, len(gaps) - 0.5]}
     figure.update_yaxes(ticks="", ticksuffix=" ", automargin=True, **order)
     title = f"{title}: {_difference(gaps)}"
-    return _dress(figure, title, 130 + 30 * len(gaps), right=50 if anything_collapsed else 24, extra_top=26)
+    return laid_out(figure, title, 130 + 30 * len(gaps), right=50 if anything_collapsed else 24, extra_top=26)
 
 
 def _difference(gaps: Mapping[str, tuple[float, float]]) -> str:
@@ -94,9 +94,9 @@ def layer_entropy_panels(histories: Mapping, context_length: int, title: str) ->
             curve.showlegend = not legend_shown and len(entropy[0]) == deepest
             figure.add_trace(curve, **cell)
         legend_shown = legend_shown or len(entropy[0]) == deepest
-        _mark(figure, "y", math.lgamma(context_length + 1) / context_length, "", **cell)
-        _mark(figure, "y", 0, "collapse", ceiling / 4, COLLAPSE, **cell)
-        _mark(figure, "y", 0.75 * ceiling, "overload", ceiling, OVERLOAD, **cell)
+        mark_place(figure, "y", math.lgamma(context_length + 1) / context_length, "", **cell)
+        mark_place(figure, "y", 0, "collapse", ceiling / 4, COLLAPSE, **cell)
+        mark_place(figure, "y", 0.75 * ceiling, "overload", ceiling, OVERLOAD, **cell)
         figure.update_xaxes(title_text="training step", range=[0, max(*steps, 1)], **cell)
     figure.update_yaxes(range=[0, ceiling]).update_yaxes(title_text="entropy (nats)", col=1)
-    return _dress(figure, title, max(380, 140 + 20 * deepest), extra_top=22)  # a line of the legend takes 20 pixels
+    return laid_out(figure, title, max(380, 140 + 20 * deepest), extra_top=22)  # a line of the legend takes 20 pixels

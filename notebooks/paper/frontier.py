@@ -72,7 +72,7 @@ def frontier(tokens: str = "200M", runs: str | Path = "data/runs") -> pd.DataFra
             "gap": np.mean(ppl) / np.mean(base) - 1,
             "standard error": math.hypot(_std(ppl) / len(ppl) ** 0.5, _std(base) / len(base) ** 0.5) / np.mean(base),
             "recall": np.mean(recalls) if recalls else math.nan,
-            "softmax heads": sum(_config(name).entropy_heads()),
+            "softmax heads": sum(config_of(name).entropy_heads()),
             "MB": megabytes,
             "of GPT-2 as given": megabytes / given,
             "of GPT-2 at its best": megabytes / best,
@@ -116,15 +116,15 @@ def block_megabytes(variant: str, prices: str) -> float:
 
 def blocks_cost(variant: str, prices: str) -> InferenceCost:
     """What the twelve blocks of GPT-2 small cost at T = 128, without embedding, last LayerNorm and vocabulary."""
-    return inference_cost(replace(Architecture.of(_config(variant)), vocabulary=0), T, prices)
+    return inference_cost(replace(Architecture.of(config_of(variant)), vocabulary=0), T, prices)
 
 
 def _rest(variant: str, logits_to_keep: int) -> float:
-    cost = inference_cost(_config(variant), T, AT_BEST, logits_to_keep=logits_to_keep)
+    cost = inference_cost(config_of(variant), T, AT_BEST, logits_to_keep=logits_to_keep)
     return cost.communication_gb * 1e3 - block_megabytes(variant, AT_BEST)
 
 
-def _config(variant: str) -> EntropyGPT2Config:
+def config_of(variant: str) -> EntropyGPT2Config:
     sizes = {**MODEL_SIZES["gpt2"], "n_positions": T, "vocab_size": 16384}
     return EntropyGPT2Config(**{**sizes, **get_variant(variant).config_fields()})
 

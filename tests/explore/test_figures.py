@@ -54,8 +54,8 @@ def test_labels_of_equal_lines_do_not_overlap():
 
 
 def test_spread_moves_only_crowds():
-    assert figures._spread([0, 100], gap=10) == [0, 100]
-    assert figures._spread([50, 50, 0], gap=10) == [45, 55, 0]
+    assert figures.moved_apart([0, 100], gap=10) == [0, 100]
+    assert figures.moved_apart([50, 50, 0], gap=10) == [45, 55, 0]
 
 
 def test_a_run_that_diverged_is_cut_at_its_last_finite_point():

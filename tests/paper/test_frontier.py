@@ -36,7 +36,7 @@ def test_gaps_are_those_of_the_formula_and_prices_those_of_the_blocks(runs):
     assert (table.loc[NONE, "runs"], table.loc[NONE, "collapsed"]) == (0, 1)
     assert table.loc["SM+LN+G", "of GPT-2 at its best"] == 1.0
     assert row["MB"] == pytest.approx(row["of GPT-2 as given"] * block_megabytes("SM+LN+G", command.AS_GIVEN))
-    whole = inference_cost(command._config(TWO), 128, command.AT_BEST).communication_gb * 1e3
+    whole = inference_cost(command.config_of(TWO), 128, command.AT_BEST).communication_gb * 1e3
     assert row["MB"] + row["MB beside"] == pytest.approx(whole)
     assert row["MB beside, one token"] < row["MB beside"] / 2
 
