@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import pandas as pd
+
 from entropy_lib.explore.figures import (
     COLLAPSE,
     GRID,
@@ -17,8 +19,11 @@ from entropy_lib.explore.figures import (
     layer_entropy_curves,
     make_subplots,
     mark_place,
+    significant,
     themed,
 )
+
+CLOSE = 10  # points of perplexity that a gap may be from the paper's before a title calls it off
 
 
 def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str = "gap to SM+LN+G (%)") -> go.Figure:
@@ -75,10 +80,26 @@ def _difference(gaps: Mapping[str, tuple[float, float]]) -> str:
     lost = [row for row, (paper, here) in gaps.items() if math.isfinite(paper) and here == math.inf]
     if not apart and not lost:
         return "the paper's gaps; ours are not yet run"
-    findings = [f"our gaps are at most {math.ceil(100 * max(apart))} points from the paper's"] if apart else []
+    far = math.ceil(100 * max(apart, default=0))
+    words = f"within {far} points of" if far <= CLOSE else f"up to {far} points off"
+    findings = [f"our gaps are {words} the paper's"] if apart else []
     if lost:
         findings.append((" and ".join(lost) if len(lost) < 3 else f"{len(lost)} of its models") + " collapsed here")
     return "; ".join(findings)
+
+
+def result_grid(perplexity: pd.DataFrame, words: pd.DataFrame, title: str, x_title: str) -> go.Figure:
+    """Perplexities as a coloured grid, darker is better; `words` [same rows and columns] stand in the cells."""
+    figure = go.Figure()
+    look = {"colorscale": "Blues", "reversescale": True, "xgap": 2, "ygap": 2, "colorbar": {"title": "perplexity"}}
+    rows, columns = list(map(str, perplexity.index)), list(map(str, perplexity.columns))
+    values = [significant(row) for row in perplexity.to_numpy(float)]
+    figure.add_heatmap(z=values, x=columns, y=rows, text=words.to_numpy().tolist(), texttemplate="%{text}", **look)
+    figure.update_traces(hovertemplate="%{y}, %{x}: %{text}<extra></extra>")
+    figure.update_xaxes(title_text=x_title, showgrid=False, type="category")
+    figure.update_yaxes(autorange="reversed", showgrid=False, type="category", ticksuffix=" ", automargin=True)
+    figure = laid_out(figure, title, 130 + 30 * len(rows))
+    return figure.update_layout(plot_bgcolor=GRID)
 
 
 def layer_entropy_panels(histories: Mapping, context_length: int, title: str) -> go.Figure:

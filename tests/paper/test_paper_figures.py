@@ -4,6 +4,7 @@ import json
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -36,9 +37,9 @@ def test_the_title_says_how_far_the_two_are_apart():
         gaps = {name: tuple(np.array(pair)) for name, pair in gaps.items()}
         return figures.gap_dots(gaps, "Table 2").layout.title.text
 
-    assert "Table 2: our gaps are at most 5 points from the paper's<" in title(GAPS) + "<"
+    assert "Table 2: our gaps are within 5 points of the paper's<" in title(GAPS) + "<"
     lost = {"SM+WNorm": (0.35, math.inf), "SM+SNorm": (0.34, -0.01)}
-    assert "at most 35 points from the paper's; SM+WNorm collapsed here" in title(GAPS | lost)
+    assert "up to 35 points off the paper's; SM+WNorm collapsed here" in title(GAPS | lost)
     assert "Table 2: SM+WNorm collapsed here" in title({"SM+WNorm": lost["SM+WNorm"]})
     assert "ours are not yet run" in title({name: (paper, math.nan) for name, (paper, _) in GAPS.items()})
 
@@ -60,3 +61,12 @@ def test_panels_hold_each_run_and_one_legend():
     assert len({trace.xaxis for trace in figure.data}) == 2
     deep = figures.layer_entropy_panels({"SM": (range(2), torch.rand(2, 18, 2))}, 128, "layers").layout
     assert deep.height - deep.margin.t - deep.margin.b >= 18 * 20  # the lines of the legend
+
+
+def test_a_grid_of_results_says_what_has_none():
+    perplexity = pd.DataFrame({0.001: [math.nan, 30.0], 0.0006: [46.1, math.nan]}, index=["QK", "FFN"])
+    words = perplexity.map("{:.1f}".format).where(perplexity.notna(), "collapsed")
+    (grid,) = figures.result_grid(perplexity, words, "t", "learning rate").data
+    assert [list(row) for row in grid.z] == [[None, 46.1], [30.0, None]]
+    assert [list(row) for row in grid.text] == [["collapsed", "46.1"], ["30.0", "collapsed"]]
+    assert (list(grid.x), list(grid.y)) == (["0.001", "0.0006"], ["QK", "FFN"])
