@@ -80,10 +80,10 @@ class LiveRun:
         try:
             self.record = train_variant(
                 self.variant, self._corpus(), self.recipe, size=self.size, seed=self.seed, run_dir=self._folder,
-                progress=False, callbacks=[follow],
+                progress=False, callbacks=[follow], stop=self._stop,
             )  # fmt: skip
             self.state = self.record.status
-        except _Stopped:
+        except KeyboardInterrupt:
             self.state = "stopped"
         except Exception as error:  # in a thread nobody else would see it
             self.state, self.error = "failed", error
@@ -100,26 +100,16 @@ class LiveRun:
             self._looked = time.monotonic()
 
 
-class _Stopped(Exception):
-    """Leaves `train_variant` before it writes a record and deletes the checkpoint."""
-
-
 class _Follow(TrainerCallback):
     def __init__(self, run: LiveRun):
         self.run, self._bars = run, False
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if self.run._stop.is_set():  # while another training was waited for
-            raise _Stopped
-
     def on_step_end(self, args, state, control, **kwargs):
         self.run.step = state.global_step
-        if self.run._stop.is_set():
-            self._bars = logging.is_progress_bar_enabled()
+        if self.run._stop.is_set() and logging.is_progress_bar_enabled():
+            self._bars = True
             logging.disable_progress_bar()  # the one of saving would land in whatever cell the reader runs just then
-            control.should_save = control.should_training_stop = True
         self.run._look()
-        return control
 
     def on_record(self, row: dict) -> None:
         self.run.rows.append(row)
@@ -131,7 +121,3 @@ class _Follow(TrainerCallback):
         if self._bars:
             logging.enable_progress_bar()
         self._bars = False
-
-    def on_train_end(self, args, state, control, **kwargs):
-        if self.run._stop.is_set() and state.global_step < state.max_steps:
-            raise _Stopped

@@ -57,6 +57,7 @@ def train_variant(
     model_config: dict | None = None,
     training_overrides: dict | None = None,
     overwrite: bool = False,
+    stop: threading.Event | None = None,
 ) -> RunRecord:
     """Train one variant and return its record; the trained model is `record.model`.
 
@@ -74,8 +75,9 @@ def train_variant(
         model_config: fields of `EntropyGPT2Config` to set, e.g. {"norm_placement": "QK+FFN"}.
         training_overrides: fields of transformers' `TrainingArguments` to set, e.g. {"use_cpu": True}.
         overwrite: whether a record of another run with the same name in `output_dir` may be replaced.
+        stop: set from another thread, interrupts the run as Ctrl-C does.
 
-    A run that was interrupted (Ctrl-C, or the notebook's stop button) leaves a checkpoint in `run_dir` and raises
+    A run that was interrupted (Ctrl-C, the notebook's stop button, `stop`) leaves a checkpoint in `run_dir` and raises
     KeyboardInterrupt; the same call takes it up there and gives the same losses as without the interruption. After a
     kill it goes on from the last whole checkpoint. A finished run removes its checkpoints, and nothing else.
     Global random states and settings are left as they were; a training in another thread of the process is waited for.
@@ -153,7 +155,8 @@ def train_variant(
         if processes > 1:
             checkpoint = _on_main_process(arguments, claim)
         bar = _Progress(variant.name, enabled=progress)
-        record = _train(variant, recipe, dataset, config, arguments, folder, checkpoint, [*callbacks, bar], known)
+        watching, stop = [*callbacks, bar], stop or threading.Event()
+        record = _train(variant, recipe, dataset, config, arguments, folder, checkpoint, watching, known, stop)
         if arguments.should_save:
             if output_dir is not None:
                 record.save(output_dir)
@@ -172,6 +175,7 @@ def _train(
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback],
     known: dict,
+    stop: threading.Event,
 ) -> RunRecord:
     """The training itself; `known` are the fields of the record that are known before."""
     with OwnDraws(known["seed"]):
@@ -192,9 +196,10 @@ def _train(
     )
     trainer.add_callback(MarkWhole(folder, trainer.accelerator))
     started = time.monotonic()
-    with _stop_on_interrupt(trainer) as interrupted:
-        trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    if interrupted.is_set() and trainer.state.global_step < recipe.steps:
+    with _stop_on_interrupt(trainer, stop):
+        if not stop.is_set():  # as it may be after another training was waited for
+            trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if stop.is_set() and trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(
             f"{variant.name}: stopped after step {trainer.state.global_step} of {recipe.steps}; "
             "run the same call again to go on from there"
@@ -284,13 +289,12 @@ def _on_main_process(arguments: TrainingArguments, function: Callable[[], Path |
 
 
 @contextmanager
-def _stop_on_interrupt(trainer: EntropyTrainer):
-    """Turn the first Ctrl-C into "finish the step, save a checkpoint, stop"; the second one interrupts at once."""
-    stop = threading.Event()
+def _stop_on_interrupt(trainer: EntropyTrainer, stop: threading.Event):
+    """Turn `stop` and the first Ctrl-C into "finish the step, save a checkpoint, stop"; a second interrupts at once."""
     trainer.add_callback(_SaveAndStop(trainer, stop))
     # signals belong to the main thread, and a handler that is not Python's (None) could not be put back
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
-        yield stop
+        yield
         return
 
     def handle(signum, frame):
@@ -299,7 +303,7 @@ def _stop_on_interrupt(trainer: EntropyTrainer):
 
     previous = signal.signal(signal.SIGINT, handle)
     try:
-        yield stop
+        yield
     finally:
         signal.signal(signal.SIGINT, previous)
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,18 +236,19 @@ def test_fewer_training_blocks_than_a_step_takes(corpus):
 
 
 class _InterruptAt(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, interrupt=lambda: os.kill(os.getpid(), signal.SIGINT)):
+        self.step, self.interrupt = step, interrupt
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGINT)
+            self.interrupt()
 
 
-def test_interrupted_run_resumes_to_the_same_losses(corpus, tmp_path):
-    whole = train(corpus)
+@pytest.mark.parametrize("by", ["Ctrl-C", "an event"])
+def test_interrupted_run_resumes_to_the_same_losses(corpus, tmp_path, by):
+    whole, stop = train(corpus), threading.Event() if by == "an event" else None
     with pytest.raises(KeyboardInterrupt, match="stopped after step 4 of 6"):
-        train(corpus, run_dir=tmp_path / "run", callbacks=[_InterruptAt(4)])
+        train(corpus, run_dir=tmp_path / "run", callbacks=[_InterruptAt(4, *([stop.set] if stop else []))], stop=stop)
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
     resumed = train(corpus, run_dir=tmp_path / "run")
     assert resumed.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
@@ -254,6 +256,14 @@ def test_interrupted_run_resumes_to_the_same_losses(corpus, tmp_path):
         np.testing.assert_array_equal(column(whole, name), column(resumed, name), err_msg=name)
     assert resumed.eval_loss == whole.eval_loss
     assert not (tmp_path / "run").exists()
+
+
+def test_an_event_that_is_set_before_the_first_step_stops_there(corpus, tmp_path):
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 0 of 6"):
+        train(corpus, run_dir=tmp_path / "run", stop=stop)
+    assert train(corpus, run_dir=tmp_path / "run").steps == 6
 
 
 def test_run_dir_of_another_variant_is_refused(corpus, tmp_path):
