@@ -197,14 +197,23 @@ def layer_entropy_curves(steps, entropy_history, context_length: int, title: str
 
 
 def attention_rows(rows: Mapping, title: str, notes: Mapping | None = None) -> go.Figure:
-    """Rows of attention weights, {label: [T_k]}, as bars side by side; `notes` {label: a second line}."""
+    """Rows of attention weights, {label: [T_k]}, as bars side by side; `notes` {label: a second line}.
+
+    Where more than three stand side by side, a note is broken at " · ".
+    """
+    notes = {label: note.replace(" · ", "<br>") if len(rows) > 3 else note for label, note in (notes or {}).items()}
     labels = [f"<b>{label}</b>" + (f"<br>{notes[label]}" if notes else "") for label in rows]
     figure = make_subplots(1, len(rows), subplot_titles=labels, shared_yaxes=True, horizontal_spacing=0.03)
     for column, weights in enumerate(rows.values(), start=1):
         figure.add_bar(y=significant(weights), marker={"color": HEALTHY, "line": {"width": 0}}, row=1, col=column)
     figure.update_xaxes(title_text="key", showgrid=False).update_yaxes(range=[0, 1.02], tickvals=[0, 0.5, 1])
     figure.update_yaxes(title_text="attention weight", col=1).update_annotations(font_size=13, yshift=4)
-    return laid_out(figure.update_layout(showlegend=False), title, 290, extra_top=40 if notes else 22)
+    return laid_out(
+        figure.update_layout(showlegend=False),
+        title,
+        290,
+        extra_top=22 + 18 * max((1 + n.count("<br>") for n in notes.values()), default=0),
+    )
 
 
 def temperature_curves(temperatures, entropy, ceiling: float, title: str, mark: float = 1.0) -> go.Figure:

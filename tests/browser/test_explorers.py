@@ -21,7 +21,7 @@ from entropy_lib.explore.attention_logits import read_logits
 from entropy_lib.explore.recorded_runs import label, recorded
 from entropy_lib.explore.tiny_model import load_tiny_model
 
-PARTS = 7  # of a bill: traces of one panel
+PARTS = 7  # of a cost: traces of one panel
 
 
 @pytest.fixture(scope="module")
