@@ -208,12 +208,8 @@ def attention_rows(rows: Mapping, title: str, notes: Mapping | None = None) -> g
         figure.add_bar(y=significant(weights), marker={"color": HEALTHY, "line": {"width": 0}}, row=1, col=column)
     figure.update_xaxes(title_text="key", showgrid=False).update_yaxes(range=[0, 1.02], tickvals=[0, 0.5, 1])
     figure.update_yaxes(title_text="attention weight", col=1).update_annotations(font_size=13, yshift=4)
-    return laid_out(
-        figure.update_layout(showlegend=False),
-        title,
-        290,
-        extra_top=22 + 18 * max((1 + n.count("<br>") for n in notes.values()), default=0),
-    )
+    top = 22 + 18 * max((1 + note.count("<br>") for note in notes.values()), default=0)
+    return laid_out(figure.update_layout(showlegend=False), title, 250 + top, extra_top=top)
 
 
 def temperature_curves(temperatures, entropy, ceiling: float, title: str, mark: float = 1.0) -> go.Figure:
