@@ -149,7 +149,10 @@ _ENTROPY_TOLERANCE = max(ROW_SUM_TOLERANCE.values())
 
 
 def head_entropies(entropy: Tensor) -> Tensor:
-    """As float64, with NaN for static heads, of which the records' JSON says null."""
+    """Mean entropies in nats, [L, H] or any shape that ends in heads, as float64: None, for static heads, becomes NaN.
+
+    ValueError for none at all, for what is negative or infinite, and where a static head stands before another.
+    """
     entropy = torch.as_tensor(_without_none(entropy), dtype=torch.float64)
     static = entropy.isnan()
     of_softmax, after = entropy[~static], ~static[..., 1:] & static[..., :-1]  # static heads come last

@@ -60,7 +60,7 @@ def quality_against_cost(
 ) -> go.Figure:  # fmt: skip
     """One dot a variant, {name: (cost, perplexity)}, lower left the best; a line joins those that nothing beats.
 
-    `spread` {name: half the length} puts a bar through a dot.
+    `spread` {name: half the length} puts a bar through a dot, NaN none.
     """
     figure = go.Figure()
     best = sorted(
@@ -85,14 +85,10 @@ def quality_against_cost(
         if (half := (spread or {}).get(name, 0)) > 0:
             dot["error_y"] = {"array": [half], "color": color, "thickness": 1.5, "width": 5}
         figure.add_scatter(x=[cost], y=[loss], hovertemplate=hover, **dot)
-        place = {
-            "x": math.log10(cost) if log_x else cost,
-            "y": loss,
-            "text": name,
-            "font": {"color": color},
-            "xanchor": "left",
-        }
-        figure.add_annotation(**place, ax=16, ay=loss * scale - at, arrowcolor=color, standoff=6)
+        place = {"x": math.log10(cost) if log_x else cost, "y": loss, "xanchor": "left"}
+        figure.add_annotation(
+            **place, text=name, font={"color": color}, ax=16, ay=loss * scale - at, arrowcolor=color, standoff=6
+        )
     figure.update_xaxes(title_text=x_title, range=span)
     if log_x:
         figure.update_xaxes(type="log", dtick="D2", tickformat=",")  # 1, 2, 5

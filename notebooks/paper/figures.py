@@ -23,7 +23,7 @@ from entropy_lib.explore.figures import (
     themed,
 )
 
-CLOSE = 10  # points of perplexity that a gap may be from the paper's before a title calls it off
+CLOSE = 10  # points, of per cents: a gap that is further from the paper's is called off in the title
 
 
 def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str = "gap to SM+LN+G (%)") -> go.Figure:
