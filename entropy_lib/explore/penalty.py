@@ -30,9 +30,9 @@ def penalty_explorer(record: RunRecord | Sequence[RunRecord] | None = None) -> P
     Every dot is a head at its mean entropy E in nats. A record does not hold the rows of a head: they are taken at one
     share of what each can reach, E_i = E · log(i+1) / mean_i log(i+1). With per="head" that makes no difference.
     T is the `context_size` in E_max = log T. The gradient is d(loss)/dE of one head by autograd, the loss being the
-    mean over all heads for one sequence: where layers differ in softmax heads that panel weighs heads alike, the loss in
-    words weighs layers alike, as the library does. Static heads have no entropy and no share in it. Raises ValueError
-    where there is no record of a model with a softmax.
+    mean over all heads for one sequence: where layers differ in softmax heads that panel weighs heads alike, the loss
+    in words weighs layers alike, as the library does. Static heads have no entropy and no share in it. Raises
+    ValueError where there is no record of a model with a softmax.
     """
     records = [record for record in recorded(record) if not head_entropies(record.entropy).isnan().all()]
     if not records:
