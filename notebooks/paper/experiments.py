@@ -220,6 +220,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "beyond the paper: 36, 24 and 12 softmax heads in all, and no exponential; 200M tokens, three seeds",
             (
                 *_runs("private/200M", _GOALS, FULL, seeds=(0, 1, 2)),
+                *_runs("private/200M", ["SM(3)+LN+G+V"], FULL, seeds=(0, 1, 2)),  # GPT-2 with the same gifts
                 *_runs("private/200M", ["SM+LN+G"], FULL | _SCALED, seeds=(3,)),  # its first three lack the recall
             ),
         ),

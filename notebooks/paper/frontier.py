@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,7 +39,7 @@ _NOT_COMPARED = ("micro_batch", "entropy_every", "eval_every", "checkpoint_every
 def frontier(tokens: str = "200M", runs: str | Path = "data/runs") -> pd.DataFrame:
     """One row a model that started as GPT-2 does, GPT-2 small at T = 128.
 
-    Columns: perplexity (mean over seeds; NaN if every run collapsed), spread (sample standard deviation), runs that
+    Columns: perplexity (mean over seeds; NaN if every run collapsed), spread (sample standard deviation), seeds that
     finished, runs that collapsed; gap to SM+LN+G and its standard error; recall (NaN where no run has it); softmax
     heads in all; MB of the twelve blocks at their best, as shares of GPT-2's as given and at its best; MB of the rest
     (embedding, last LayerNorm, vocabulary) for all tokens, and for one that is generated. ValueError for a budget that
@@ -54,20 +55,20 @@ def frontier(tokens: str = "200M", runs: str | Path = "data/runs") -> pd.DataFra
     for record in on_record(planned, runs):
         records.setdefault((record.variant, record.recipe["learning_rate"]), []).append(record)
     rate = get_recipe("paper").learning_rate
-    base = [record.eval_perplexity for record in records.get((BASELINE, rate), ()) if record.finished]
+    base = _perplexities(records.get((BASELINE, rate), ()))
     if not base:
         raise ValueError(f"no record of {BASELINE} with {tokens} tokens and a scaled start: gaps have no baseline")
     given, best = block_megabytes(BASELINE, AS_GIVEN), block_megabytes(BASELINE, AT_BEST)
     order = [*VARIANTS, *PRIVATE_VARIANTS]
     rows = {}
     for (name, learning_rate), found in sorted(records.items(), key=lambda x: (order.index(x[0][0]), -x[0][1])):
-        ppl = [record.eval_perplexity for record in found if record.finished] or [math.nan]
+        ppl = _perplexities(found) or [math.nan]
         recalls = [record.recall for record in found if record.finished and record.recall is not None]
         megabytes = block_megabytes(name, AT_BEST)
         rows[name if learning_rate == rate else f"{name} at {learning_rate:g}"] = {
             "perplexity": np.mean(ppl),
             "spread": _std(ppl),
-            "runs": sum(record.finished for record in found),
+            "runs": len(_perplexities(found)),
             "collapsed": sum(not record.finished for record in found),
             "gap": np.mean(ppl) / np.mean(base) - 1,
             "standard error": math.hypot(_std(ppl) / len(ppl) ** 0.5, _std(base) / len(base) ** 0.5) / np.mean(base),
@@ -131,6 +132,11 @@ def config_of(variant: str) -> EntropyGPT2Config:
 
 def _weighing(recipe: Recipe) -> dict:
     return {name: value for name, value in asdict(recipe).items() if name not in _NOT_COMPARED}
+
+
+def _perplexities(found: Sequence[RunRecord]) -> list[float]:
+    """Of every seed that finished; one that was run again counts once, by its first record."""
+    return list({record.seed: record.eval_perplexity for record in reversed(found) if record.finished}.values())
 
 
 def _std(values: list[float]) -> float:

@@ -62,6 +62,14 @@ def test_goals_name_the_nearest_stable_model_and_by_how_much_it_misses(runs):
     assert goals(frontier("200M", runs)).loc["A", "outcome"] == "missed by 5.0%"  # by the one that never collapsed
 
 
+def test_a_seed_that_was_run_again_counts_once(tmp_path):
+    record(planned("initialization", "SM+LN+G", 0), tmp_path, 26.0)
+    record(planned("initialization", "SM+LN+G", 1), tmp_path, 25.0)
+    record(planned("head_choice_ranked", "SM+LN+G", 0), tmp_path, 28.0, recall=0.5)
+    row = frontier("66M", tmp_path).loc["SM+LN+G"]
+    assert (row["perplexity"], row["runs"], row["recall"], row["gap"]) == (25.5, 2, 0.5, 0)
+
+
 def test_the_command_prints_both_tables_or_what_is_missing(runs, tmp_path, capsys):
     assert command.main(["--runs", str(runs)]) == 0
     printed = capsys.readouterr().out
