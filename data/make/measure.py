@@ -24,7 +24,7 @@ import numpy as np
 
 from entropy_lib.private_inference.architecture import Architecture, Operation, operations
 from entropy_lib.private_inference.blocks import block_architectures, private_architectures
-from entropy_lib.private_inference.methods import METHODS, apply_method, book_name, own_operations
+from entropy_lib.private_inference.methods import METHODS, apply_method, own_operations, prices_name
 from entropy_lib.private_inference.parties import ENGINE, SETTINGS, run_plan
 from entropy_lib.private_inference.two_party import forward_plan
 
@@ -159,7 +159,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("--output holds the record of one method")
     try:
         for method in options.methods:
-            record = DATA / "private_inference" / f"measured-{book_name(method)}.json"
+            record = DATA / "private_inference" / f"measured-{prices_name(method)}.json"
             measure_method(method, options.output or record, options)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -1,8 +1,8 @@
-"""`python data/make/prices.py`: write the price books from the measurements and printed tables.
+"""`python data/make/prices.py`: write the unit prices from the measurements and printed tables.
 
-Measured books: for each operation the non-negative unit prices that fit its measured sizes best, relatively.
+Measured: for each operation the non-negative unit prices that fit its measured sizes best, relatively.
 
-The paper's book: the printed tables have 16 totals in GB and 16 in minutes, of which 12 and 12 differ, too few to price
+The paper's: the printed tables have 16 totals in GB and 16 in minutes, of which 12 and 12 differ, too few to price
 every operation. So the old engine's prices keep their proportions inside five groups (GROUPS), and the tables set one
 factor a group for bytes, and the minutes a GB of each group, LayerNorm and ReLU at GELU's: alone they would get none,
 since the tables barely tell them from the linear layers. Only the group totals are the paper's.
@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from entropy_lib.private_inference.architecture import Operation, operations
-from entropy_lib.private_inference.costs import BOOKS, printed_cells
-from entropy_lib.private_inference.methods import METHODS, book_name
+from entropy_lib.private_inference.costs import PRICE_FILES, printed_cells
+from entropy_lib.private_inference.methods import METHODS, prices_name
 
 GROUPS = {
     "attention": ("softmax", "scores", "mix"),
@@ -38,7 +38,7 @@ def fit_measured(record: dict) -> dict:
     for entry in record["operations"].values():
         operation = Operation(entry["part"], entry["operation"], tuple(entry["shape"]))
         samples[operation.name].append((operation.units(), entry))
-    book = {"bytes": {}, "seconds": {}, "rounds": {}}
+    fitted_prices = {"bytes": {}, "seconds": {}, "rounds": {}}
     for name, found in samples.items():
         units = list(found[0][0])
         counts = np.array([[unit[key] for key in units] for unit, _ in found], dtype=float)
@@ -46,21 +46,23 @@ def fit_measured(record: dict) -> dict:
             counts, units = counts[:, :1], units[:1]  # sizes that do not tell the units apart
         for quantity, measured in (("bytes", "bytes"), ("seconds", "cpu_seconds")):
             prices = _fit(counts, np.array([entry[measured] for _, entry in found]))
-            book[quantity][name] = {unit: float(f"{p:.5g}") for unit, p in zip(units, prices, strict=True) if p}
+            fitted_prices[quantity][name] = {
+                unit: float(f"{p:.5g}") for unit, p in zip(units, prices, strict=True) if p
+            }
     plain, late = sorted(record["rounds"].values(), key=lambda run: run["delay"])
     for before, after in zip(plain["steps"], late["steps"], strict=True):
-        book["rounds"][before["operation"]] = round((after["seconds"] - before["seconds"]) / late["delay"])
-    return book
+        fitted_prices["rounds"][before["operation"]] = round((after["seconds"] - before["seconds"]) / late["delay"])
+    return fitted_prices
 
 
 def fit_methods(records: dict[str, dict]) -> dict[str, dict]:
-    """Method -> its book: what it computes as a method before it costs what it costs there."""
-    books, book = {}, {"bytes": {}, "seconds": {}, "rounds": {}}
+    """Method -> its prices: what it computes as a method before it costs what it costs there."""
+    by_name, fitted_prices = {}, {"bytes": {}, "seconds": {}, "rounds": {}}
     for method, record in records.items():
         fitted = fit_measured(record)
-        book = {quantity: {**prices, **fitted[quantity]} for quantity, prices in book.items()}
-        books[method] = book
-    return books
+        fitted_prices = {quantity: {**prices, **fitted[quantity]} for quantity, prices in fitted_prices.items()}
+        by_name[method] = fitted_prices
+    return by_name
 
 
 def fit_paper(proportions: dict) -> dict:
@@ -83,14 +85,17 @@ def fit_paper(proportions: dict) -> dict:
     pace = _fit(counts, np.array(minutes))
     pace[beside] = pace[gelu]
     free = {"multiply": {"element": 0.0}}  # the tables print the same cost with a temperature and without
-    book = {"bytes": dict(free), "seconds": dict(free), "rounds": {}, "factors": {}}
+    fitted_prices = {"bytes": dict(free), "seconds": dict(free), "rounds": {}, "factors": {}}
     for (group, names), factor, rate in zip(GROUPS.items(), factors, pace, strict=True):
-        book["factors"][group] = {"of the old engine's bytes": round(factor, 4), "minutes a GB": round(rate, 4)}
+        fitted_prices["factors"][group] = {
+            "of the old engine's bytes": round(factor, 4),
+            "minutes a GB": round(rate, 4),
+        }
         for name in names:
             for quantity, scale in (("bytes", factor), ("seconds", factor * rate * 60 / 1e9)):
                 prices = proportions["linear" if name == "vocabulary projection" else name]
-                book[quantity][name] = {unit: float(f"{p * scale:.5g}") for unit, p in prices.items()}
-    return book
+                fitted_prices[quantity][name] = {unit: float(f"{p * scale:.5g}") for unit, p in prices.items()}
+    return fitted_prices
 
 
 def fit_quartic(x: np.ndarray, wanted: np.ndarray, power: int = 1, scale=1.0) -> tuple[list[float], float]:
@@ -130,7 +135,7 @@ def _fit(counts: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def main() -> None:
     """Old prices: its own for what it multiplies; linear layers, whose bytes are the same in both, from today's."""
-    names = {method: book_name(method) for method in METHODS}
+    names = {method: prices_name(method) for method in METHODS}
     old, *records = (
         json.loads((DATA / "private_inference" / f"measured-{name}.json").read_text())
         for name in ("spu-0.9.2b0-cheetah", *names.values())
@@ -144,14 +149,14 @@ def main() -> None:
     for entry in old["operations"].values():
         price = entry["bytes"] / math.prod(entry["shape"])
         older["bytes"][entry["operation"]] = {"element": float(f"{price:.5g}")}
-    books = {
+    by_name = {
         names[method]: {
             "source": f"measured: {record['command']}; {record['engine']}, {record['machine']}",
             "method": method, **fitted[method],
         }
         for method, record in records.items()
     }  # fmt: skip
-    books |= {
+    by_name |= {
         "spu-0.9.2b0-cheetah": {
             "source": f"measured: {old['engine']}, nonlinear operations at T=128; linear ones as on 0.9.5, whose bytes "
             "are the same (QKᵀ and AV checked); bytes only",
@@ -163,11 +168,11 @@ def main() -> None:
             **fit_paper(older["bytes"]),
         },
     }  # fmt: skip
-    BOOKS.mkdir(parents=True, exist_ok=True)
-    for name, book in books.items():
-        book["includes_network"] = name == "paper"
-        text = json.dumps(book, indent=1, ensure_ascii=False)
-        (BOOKS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    PRICE_FILES.mkdir(parents=True, exist_ok=True)
+    for name, fitted_prices in by_name.items():
+        fitted_prices["includes_network"] = name == "paper"
+        text = json.dumps(fitted_prices, indent=1, ensure_ascii=False)
+        (PRICE_FILES / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ VARIANT_COLORS = {
 # fmt: on
 PALETTE = list(VARIANT_COLORS.values())[::-1]  # for other lines, the strongest first
 BANDS = {"below ¼ of the maximum": COLLAPSE, "¼ to ½": "#C3C8CF", "½ to ¾": "#9AA1AB", "¾ and above": OVERLOAD}
+FEW_POINTS = 15  # of a curve
 FIGURE_FOLDER = (CLONE or Path.cwd()) / "build" / "figures"
 _AXIS_TITLES = {"step": "training step", "tokens": "tokens seen", "loss": "loss (nats per token)"}
 
@@ -88,7 +89,9 @@ def lines(
     for index, (name, pairs) in enumerate(points.items()):
         x, y = zip(*pairs, strict=True)
         color = themed(colors.get(name, PALETTE[index % len(PALETTE)]))
-        figure.add_scatter(x=x, y=y, mode="lines", name=name, line={"color": color, "width": 2})
+        few = len(x) <= FEW_POINTS  # a line between two of them is no measurement: show where they are
+        style = {"mode": "lines+markers" if few else "lines", "line": {"color": color, "width": 2}}
+        figure.add_scatter(x=x, y=y, name=name, marker={"size": 5}, **style)
         if name in stopped:
             cross = {"symbol": "x", "size": 9, "color": color}
             figure.add_scatter(x=x[-1:], y=y[-1:], mode="markers", marker=cross, showlegend=False, hoverinfo="skip")
@@ -135,8 +138,8 @@ def entropy_heatmap(entropy, context_length: int, title: str | None = None) -> g
 def entropy_heatmaps(entropies: Mapping, context_length: int, title: str | None = None) -> go.Figure:
     """Head entropies of several models, {name: [L, H]} in nats, side by side on one colour scale."""
     grids = {name: [significant(row) for row in _nested(grid, 2)] for name, grid in entropies.items()}
-    alone, columns, layers = len(grids) == 1, min(len(grids), 4), max(map(len, grids.values()))
-    rows = math.ceil(len(grids) / columns)
+    alone, layers, rows = len(grids) == 1, max(map(len, grids.values())), math.ceil(len(grids) / 4)
+    columns = math.ceil(len(grids) / rows)  # of five maps 3 and 2: rivals stay side by side
     height = 50 + rows * (66 + max((24 if alone else 17) * layers, 130))
     names, gaps = [f"<b>{name}</b>" for name in grids], {"horizontal_spacing": 0.035, "vertical_spacing": 78 / height}
     figure = make_subplots(rows, columns, subplot_titles=None if alone else names, shared_yaxes=True, **gaps)

@@ -1,4 +1,4 @@
-"""What one private forward pass costs, for any size, variant, price book and network, beside SM+LN+G."""
+"""What one private forward pass costs, for any size, variant, unit prices and network, beside SM+LN+G."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from entropy_lib.explore.cost_figures import PART_COLORS
 from entropy_lib.explore.figures import INK, go, laid_out, make_subplots, significant
 from entropy_lib.modeling import EntropyGPT2Config
 from entropy_lib.private_inference.architecture import Architecture
-from entropy_lib.private_inference.costs import InferenceCost, book_names, inference_cost, price_book, printed_cells
+from entropy_lib.private_inference.costs import InferenceCost, inference_cost, price_names, printed_cells, unit_prices
 from entropy_lib.private_inference.network import NETWORKS
 from entropy_lib.variants import PRIVATE_VARIANTS, VARIANTS, get_variant
 
 BASELINE = "SM+LN+G"
-BOOK_LABELS = {  # what a reader knows them by
+PRICE_LABELS = {  # what a reader knows them by
     "paper": "the paper's tables (fitted)",
     "spu-0.9.5-cheetah": "SPU 0.9.5, measured",
     "optimized-spu-0.9.5-cheetah": "SPU 0.9.5, optimized operations",
@@ -30,7 +30,7 @@ class CostExplorer(Explorer):
 
     def __init__(self, variant: str, prices: str, network: str | None, context_length: int):
         get_variant(variant)
-        books = sorted(book_names(), key=[*BOOK_LABELS, ""].index)
+        known = sorted(price_names(), key=[*PRICE_LABELS, ""].index)
         networks = [(NO_NETWORK, None)]
         networks += [
             (f"{n.name}: {n.bandwidth / 1e6:g} Mbit/s, {n.latency * 1e3:g} ms", n.name) for n in NETWORKS.values()
@@ -45,7 +45,7 @@ class CostExplorer(Explorer):
                 50257, tip="0: the blocks only, without embedding and vocabulary projection",
             ),
             "variant": dropdown("variant", "Variant", [*VARIANTS, *PRIVATE_VARIANTS], variant),
-            "prices": dropdown("prices", "Prices", [(BOOK_LABELS[b], b) for b in books], price_book(prices).name),
+            "prices": dropdown("prices", "Prices", [(PRICE_LABELS[p], p) for p in known], unit_prices(prices).name),
             "network": dropdown("network", "Network", networks),
         }  # fmt: skip
         controls["network"].value = network  # None is a choice here
@@ -71,12 +71,12 @@ class CostExplorer(Explorer):
         return None
 
     def draw(self, changed: str | None) -> None:
-        variant, book = self.controls["variant"].value, price_book(self.controls["prices"].value)
+        variant, unit = self.controls["variant"].value, unit_prices(self.controls["prices"].value)
         network = self.controls["network"]
-        network.disabled = book.includes_network or not book.seconds
+        network.disabled = unit.includes_network or not unit.seconds
         paid = None if network.disabled else network.value
         names, length = (variant, BASELINE), self.controls["context"].value
-        self.costs = [inference_cost(self.architecture(name), length, book.name, paid) for name in names]
+        self.costs = [inference_cost(self.architecture(name), length, unit.name, paid) for name in names]
         printed = [self.printed(name) for name in names]
         figure = self.figure
         for column, (title, quantity) in enumerate(_QUANTITIES):
@@ -120,12 +120,12 @@ def cost_explorer(
 
     Args:
         variant: a name in `VARIANTS` or `PRIVATE_VARIANTS`.
-        prices: a price book as in `inference_cost`; its numbers are drawn unchanged.
-        network: a name in `NETWORKS`, or None; not used by books whose minutes include theirs.
+        prices: a unit prices as in `inference_cost`; its numbers are drawn unchanged.
+        network: a name in `NETWORKS`, or None; not used by prices whose minutes include theirs.
         context_length: T, one of the choices.
 
     ✕ marks what the paper prints for exactly this setting (Tables 3, 4, 7 and 8). Raises ValueError for an unknown
-    variant, book, network or T.
+    variant, prices, network or T.
     """
     if network is not None and network not in NETWORKS:
         raise ValueError(f"unknown network {network!r}; choose from {', '.join(NETWORKS)} or None")

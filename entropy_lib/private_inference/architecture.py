@@ -158,7 +158,7 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation of a pass: the part it belongs to, its name in `party` and in price books, its size.
+    """One operation of a pass: the part it belongs to, its name in `party` and in unit prices, its size.
 
     `shape` is that of the nonlinear operation, or (rows, inputs, outputs) of a linear one; `flops` as the paper counts.
     """

@@ -1,4 +1,4 @@
-"""What private inference costs: counts of every operation, times the unit prices of a book."""
+"""What private inference costs: counts of every operation, times unit prices."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib.resources import files
 from entropy_lib.private_inference.architecture import PARTS, Architecture, Operation, operations
 from entropy_lib.private_inference.network import NETWORKS, Network
 
-BOOKS = files("entropy_lib.private_inference") / "prices"
+PRICE_FILES = files("entropy_lib.private_inference") / "prices"
 PAPER_TABLES = files("entropy_lib") / "paper_tables.json"
 _PRINTED = {  # layers, T, vocabulary
     "table3_codeparrot_T128": (12, 128, 50257),
@@ -27,7 +27,7 @@ _CHANGES = {
 
 
 @dataclass(frozen=True)
-class PriceBook:
+class UnitPrices:
     """Unit prices of one engine, read from `prices` beside this file.
 
     `bytes` and `seconds`: operation (see `Operation.name`; "vocabulary projection" where it differs from "linear") ->
@@ -52,7 +52,7 @@ class PriceBook:
         vocabulary = operation.part == "vocabulary projection" and operation.part in table
         prices = table.get(operation.part if vocabulary else operation.name)
         if prices is None:
-            raise ValueError(f"the price book {self.name!r} has no price for {operation.name!r}; it has {list(table)}")
+            raise ValueError(f"{self.name!r} has no price for {operation.name!r}; it has {list(table)}")
         units = operation.units()
         return sum(price * units[unit] for unit, price in prices.items())
 
@@ -74,17 +74,17 @@ def printed_cells():
             yield table, variant, Architecture(layers=layers, vocabulary=vocabulary, **change), length, values
 
 
-def book_names() -> list[str]:
-    return sorted(path.name.removesuffix(".json") for path in BOOKS.iterdir())
+def price_names() -> list[str]:
+    return sorted(path.name.removesuffix(".json") for path in PRICE_FILES.iterdir())
 
 
-def price_book(name: str) -> PriceBook:
-    """A book by its name or an unambiguous beginning of it, e.g. "spu-0.9.5"; ValueError lists the names."""
-    names = book_names()
+def unit_prices(name: str) -> UnitPrices:
+    """Prices by their name or an unambiguous beginning of it, e.g. "spu-0.9.5"; ValueError lists the names."""
+    names = price_names()
     found = [known for known in names if known == name] or [n for n in names if n.startswith(str(name))]
     if len(found) != 1:
-        raise ValueError(f"unknown price book {name!r}; choose from {', '.join(names)}")
-    return PriceBook(name=found[0], **json.loads((BOOKS / f"{found[0]}.json").read_text(encoding="utf-8")))
+        raise ValueError(f"unknown prices {name!r}; choose from {', '.join(names)}")
+    return UnitPrices(name=found[0], **json.loads((PRICE_FILES / f"{found[0]}.json").read_text(encoding="utf-8")))
 
 
 @dataclass(frozen=True)
@@ -152,41 +152,41 @@ def inference_cost(
             computation. None adds nothing; the paper's minutes include its network and cannot be moved to another.
         logits_to_keep: of the last so many tokens, 0 for all: 1 where a token is generated.
 
-    Raises ValueError for an unknown book or network, a model or a length that has no price, and an operation that the
-    book has no price for; FileNotFoundError without the books.
+    Raises ValueError for unknown prices or an unknown network, a model or a length that has no price, and an
+    operation that the prices have none for; FileNotFoundError without their files.
     """
     architecture = config if isinstance(config, Architecture) else Architecture.of(config)
     context_length = architecture.checked_length(context_length)
-    book = price_book(prices)
+    unit = unit_prices(prices)
     if isinstance(network, str):
         if network not in NETWORKS:
             raise ValueError(f"unknown network {network!r}; choose from {', '.join(NETWORKS)} or pass a Network")
         network = NETWORKS[network]
     if not (network is None or isinstance(network, Network)):
         raise ValueError(f"network must be a Network, one of {', '.join(NETWORKS)} or None, got {network!r}")
-    if network and book.includes_network:
-        raise ValueError(f"the minutes of {book.name!r} include the network they were measured on; pass network=None")
-    if network and not book.seconds:
-        raise ValueError(f"{book.name!r} has no minutes that a network could add to; pass network=None")
+    if network and unit.includes_network:
+        raise ValueError(f"the minutes of {unit.name!r} include the network they were measured on; pass network=None")
+    if network and not unit.seconds:
+        raise ValueError(f"{unit.name!r} has no minutes that a network could add to; pass network=None")
     sent, seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     flops = dict.fromkeys(PARTS, 0)
     nonlinear: dict[str, list[int]] = {}
     per_layer = 0.0
     for operation in operations(architecture, context_length, logits_to_keep):
-        communicated = book.price(operation, book.bytes)
+        communicated = unit.price(operation, unit.bytes)
         sent[operation.part] += communicated
-        seconds[operation.part] += book.price(operation, book.seconds)
+        seconds[operation.part] += unit.price(operation, unit.seconds)
         if network:
-            seconds[operation.part] += network.seconds(communicated, book.rounds[operation.name])
+            seconds[operation.part] += network.seconds(communicated, unit.rounds[operation.name])
         flops[operation.part] += operation.flops
         per_layer += communicated if operation.layer is not None else 0
         if operation.part in ("softmax", "LayerNorm", "activation") and operation.layer is not None:
             heads = operation.shape[0] if operation.part == "softmax" else 1  # Table 3 counts every head
             entry = nonlinear.setdefault(operation.name, [0, *operation.shape[-2:]])
             entry[0] += heads
-    label = network.name if network else "included" if book.includes_network else "none"
+    label = network.name if network else "included" if unit.includes_network else "none"
     return InferenceCost(
-        architecture, context_length, book.name, label,
+        architecture, context_length, unit.name, label,
         nonlinear, flops["FFN linear"], flops["attention linear"], sent,
         {part: value / 60 for part, value in seconds.items()}, per_layer / architecture.layers / 1e9,
     )  # fmt: skip

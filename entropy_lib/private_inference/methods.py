@@ -70,8 +70,8 @@ def own_operations(name: str) -> list[str]:
     return [o for o, function in functions.items() if all(function != m.functions.get(o) for m in before)]
 
 
-def book_name(name: str) -> str:
-    """Of the method's price book and, after "measured-", of the record that it is fitted to."""
+def prices_name(name: str) -> str:
+    """Of the method's unit prices and, after "measured-", of the record that it is fitted to."""
     return ("" if name == "as given" else name.replace(" ", "-") + "-") + f"spu-{ENGINE}-cheetah"
 
 

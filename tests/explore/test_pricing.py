@@ -5,7 +5,7 @@ import math
 import pytest
 
 from entropy_lib import PRIVATE_VARIANTS, VARIANTS, EntropyGPT2Config, build_model
-from entropy_lib.private_inference.costs import inference_cost, price_book
+from entropy_lib.private_inference.costs import inference_cost, unit_prices
 from entropy_lib.variants import get_variant
 
 pytest.importorskip("ipywidgets")
@@ -22,8 +22,8 @@ def drawn(explorer, column):
     return {bar.name: tuple(bar.x) for bar in bars}, tuple(totals.text), tuple(crosses.x)
 
 
-def expected(variant, length, book, network=None, **config):
-    return inference_cost(build_model(variant, "tiny", n_positions=length, **config).config, length, book, network)
+def expected(variant, length, unit, network=None, **config):
+    return inference_cost(build_model(variant, "tiny", n_positions=length, **config).config, length, unit, network)
 
 
 def test_bars_are_the_library_s_after_every_control_is_changed():
@@ -59,7 +59,7 @@ def test_the_paper_s_points_are_marked_where_the_setting_is_printed():
     assert "Table" not in explorer.status.value
 
 
-def test_networks_belong_to_books_with_measured_computation():
+def test_networks_belong_to_prices_with_measured_computation():
     explorer = pricing.cost_explorer(network="WAN")
     assert explorer.controls["network"].disabled
     assert explorer.costs[0].network == "included"
@@ -87,7 +87,7 @@ def test_models_beyond_the_paper_have_a_price_where_their_operations_do():
     assert max(shares) < 0.8
     explorer.controls["prices"].value = "paper"
     assert "no price for 'static'" in explorer.status.value
-    explorer.controls["prices"].value = price_book("optimized").name
+    explorer.controls["prices"].value = unit_prices("optimized").name
     explorer.controls["variant"].value = "SM(3)+LN(a)+R+V"
     explorer.controls["heads"].value = 2
     assert "3" in explorer.status.value  # softmax heads of two: said, not drawn

@@ -80,11 +80,11 @@ def test_the_printed_network_cannot_carry_the_printed_bytes_in_the_printed_minut
 
 def test_committed_books_are_what_the_fit_gives():
     record = json.loads((DATA / "private_inference" / f"measured-{MEASURED}.json").read_text())
-    fitted, book = fit_measured(record), costs.price_book(MEASURED)
-    assert (book.bytes, book.seconds, book.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
-    paper = fit_paper(costs.price_book("spu-0.9.2b0-cheetah").bytes)
+    fitted, unit = fit_measured(record), costs.unit_prices(MEASURED)
+    assert (unit.bytes, unit.seconds, unit.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
+    paper = fit_paper(costs.unit_prices("spu-0.9.2b0-cheetah").bytes)
     for quantity in ("bytes", "seconds"):
-        committed = getattr(costs.price_book("paper"), quantity)
+        committed = getattr(costs.unit_prices("paper"), quantity)
         assert committed.keys() == paper[quantity].keys()
         for operation, prices in committed.items():
             assert prices == pytest.approx(paper[quantity][operation], rel=1e-3), operation
@@ -98,8 +98,8 @@ def test_the_old_engine_s_measured_prices_alone_explain_the_gelu_of_the_paper():
 
 
 def test_books_say_where_they_come_from():
-    for path in costs.BOOKS.glob("*.json"):
-        assert len(costs.price_book(path.stem).source) > 20
+    for path in costs.PRICE_FILES.glob("*.json"):
+        assert len(costs.unit_prices(path.stem).source) > 20
 
 
 def test_measured_prices_reproduce_the_measured_blocks():
@@ -170,7 +170,7 @@ def test_network_adds_bytes_over_bandwidth_and_rounds_times_latency():
     base = inference_cost(SMALL, 16, MEASURED)
     quick = inference_cost(SMALL, 16, MEASURED, fast)
     assert 60 * (quick.latency_min - base.latency_min) == pytest.approx(base.communication_gb * 8)
-    rounds = costs.price_book(MEASURED).rounds
+    rounds = costs.unit_prices(MEASURED).rounds
     expected = sum(rounds[operation.name] for operation in operations(SMALL, 16))
     late = inference_cost(SMALL, 16, MEASURED, slow)
     assert 60 * (late.latency_min - quick.latency_min) == pytest.approx(expected * 0.01)
@@ -204,7 +204,7 @@ def test_network_adds_bytes_over_bandwidth_and_rounds_times_latency():
         (lambda: inference_cost(GPT2Config(is_causal=False), 16), "causal attention False"),
         (lambda: inference_cost(OPTConfig(do_layer_norm_before=False), 16), "LayerNorm before attention and FFN False"),
         (lambda: inference_cost(OPTConfig(word_embed_proj_dim=64), 16), "embedding width 64; it must be 768"),
-        (lambda: inference_cost(SMALL, 16, None), "unknown price book None"),
+        (lambda: inference_cost(SMALL, 16, None), "unknown prices None"),
         (lambda: inference_cost(SMALL, 16, MEASURED, ("LAN",)), "must be a Network, one of LAN, WAN or None"),
         (lambda: inference_cost(SMALL, 16, "spu-0.9.2b0", "LAN"), "no minutes that a network could add to"),
         (lambda: Network("n", 0, 0.0), "bandwidth must be a number, positive, got 0"),
@@ -330,8 +330,8 @@ def test_decimal_rounding_of_the_closest_printed_cell():
     assert round(exact + Decimal(12 * 512 * 768) / 10**9, 1) == Decimal("7.3")
 
 
-@pytest.mark.parametrize("name", costs.book_names())
+@pytest.mark.parametrize("name", costs.price_names())
 def test_whatever_has_a_price_in_seconds_has_rounds_too(name):
-    book = costs.price_book(name)
-    if book.seconds and not book.includes_network:
-        assert set(book.bytes) == set(book.seconds) == set(book.rounds)
+    unit = costs.unit_prices(name)
+    if unit.seconds and not unit.includes_network:
+        assert set(unit.bytes) == set(unit.seconds) == set(unit.rounds)

@@ -14,8 +14,8 @@ from test_two_party import IDS, MEANING, causal_softmax, evaluate, forward, gelu
 from entropy_lib import VARIANTS
 from entropy_lib.private_inference import two_party
 from entropy_lib.private_inference.blocks import block_architectures, private_architectures
-from entropy_lib.private_inference.costs import inference_cost, price_book
-from entropy_lib.private_inference.methods import METHODS, apply_method, book_name, own_operations
+from entropy_lib.private_inference.costs import inference_cost, unit_prices
+from entropy_lib.private_inference.methods import METHODS, apply_method, own_operations, prices_name
 from entropy_lib.private_inference.parties import run_plan
 from entropy_lib.private_inference.two_party import run_two_party
 from make import measure
@@ -187,16 +187,16 @@ def test_logits_that_reach_too_far_are_refused_before_anything_starts(monkeypatc
 @pytest.fixture(scope="module", name="records")
 def measured_records():
     folder = DATA / "private_inference"
-    return {name: json.loads((folder / f"measured-{book_name(name)}.json").read_text()) for name in METHODS}
+    return {name: json.loads((folder / f"measured-{prices_name(name)}.json").read_text()) for name in METHODS}
 
 
 def test_committed_books_are_what_the_fit_gives(records):
     for method, fitted in fit_methods(records).items():
-        book = price_book(book_name(method))
-        assert book.method == method
-        assert (book.bytes, book.seconds, book.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
-    assert price_book("optimized").method == "optimized"
-    assert price_book("paper").method == "as given"
+        unit = unit_prices(prices_name(method))
+        assert unit.method == method
+        assert (unit.bytes, unit.seconds, unit.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
+    assert unit_prices("optimized").method == "optimized"
+    assert unit_prices("paper").method == "as given"
 
 
 def test_every_operation_that_a_method_changes_was_measured_and_costs_less(records):
@@ -216,7 +216,7 @@ def test_prices_reproduce_the_measured_blocks(records):
         assert record["blocks"]
         for name, measured in record["blocks"].items():
             variant, _, length = name.rpartition(", T=")
-            cost = inference_cost(blocks[variant], int(length), book_name(method))
+            cost = inference_cost(blocks[variant], int(length), prices_name(method))
             assert cost.communication_gb * 1e9 == pytest.approx(measured["bytes"], rel=0.03), (method, name)
 
 

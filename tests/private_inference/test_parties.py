@@ -15,7 +15,7 @@ from running import private_environment, started_processes  # noqa: F401
 
 from entropy_lib.clone import CLONE as ROOT
 from entropy_lib.private_inference import parties
-from entropy_lib.private_inference.costs import price_book
+from entropy_lib.private_inference.costs import unit_prices
 from entropy_lib.private_inference.network import Relay
 from entropy_lib.private_inference.parties import private_python, run_plan
 
@@ -253,5 +253,5 @@ def test_rounds_times_latency_is_what_an_injected_delay_adds(private, started):
     plan, delay = plan_of("relu", (16, 64), repeat=8), 0.03
     runs = [run_plan(plan, values_of(plan), "CHEETAH", delay=seconds)[1] for seconds in (0.0, delay)]
     plain, late = (min(step["seconds"] for step in steps) for steps in runs)
-    assert late - plain == pytest.approx(price_book("spu-0.9.5-cheetah").rounds["relu"] * delay, rel=0.3)
+    assert late - plain == pytest.approx(unit_prices("spu-0.9.5-cheetah").rounds["relu"] * delay, rel=0.3)
     assert runs[0][3]["bytes"] == pytest.approx(runs[1][3]["bytes"], rel=0.02)
