@@ -271,8 +271,8 @@ def show(figure: go.Figure, name: str | None = None) -> None:
         bundle = {"application/vnd.plotly.v1+json": figure.to_plotly_json(), "text/plain": f"Figure: {words}"}
         if picture:
             bundle["image/png"] = base64.b64encode(picture).decode()
-        size = {"width": WIDTH, "height": figure.layout.height or HEIGHT}
-        display(bundle, metadata={"image/png": size} if picture else {}, raw=True)
+        image = {"width": WIDTH, "height": figure.layout.height or HEIGHT, "alt": words}
+        display(bundle, metadata={"image/png": image} if picture else {}, raw=True)
 
 
 def save(figure: go.Figure, folder: str | Path, name: str, picture: bytes | None = None) -> Path:

@@ -191,6 +191,7 @@ def test_show_displays_the_live_figure_with_a_picture_beside_it(monkeypatch):
     assert "image/png" not in live
     assert {"image/png", "application/vnd.plotly.v1+json"} <= set(both)
     assert options["metadata"]["image/png"]["width"] == figures.WIDTH
+    assert options["metadata"]["image/png"]["alt"] in both["text/plain"]  # for who cannot see it, in exported pages
 
 
 def test_missing_plotly_names_the_extra(monkeypatch):
