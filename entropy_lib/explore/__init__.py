@@ -9,6 +9,7 @@ _EXPLORERS = {  # name: its file, named otherwise, since importing a file puts i
     "training_playground": "playground",
     "cost_explorer": "pricing",
     "attention_inspector": "inspector",
+    "tug_of_war": "toy_head",
 }
 
 __all__ = list(_EXPLORERS)

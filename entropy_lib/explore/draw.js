@@ -1,0 +1,79 @@
+// What every module draws with: native inputs, an SVG whose ink is the page's own, handles for mouse and keyboard.
+// No import and no export: Python puts these lines above an explorer's module.
+const COLLAPSE = "#3B6FB6", OVERLOAD = "#C8553D", HEADS = ["#D55E00", "#0072B2", "#009E73", "#AA4499"];
+const INK = "var(--jp-content-font-color1, var(--vscode-foreground, var(--colab-primary-text-color, currentColor)))";
+const STYLE = `
+.entropy-module { color: ${INK}; font: 13px/1.5 system-ui, sans-serif; max-width: 1100px }
+.entropy-module .controls { display: flex; flex-wrap: wrap; gap: 4px 22px; align-items: center; margin-bottom: 4px }
+.entropy-module label { display: inline-flex; gap: 8px; align-items: center; white-space: nowrap }
+.entropy-module input[type=range] { width: 150px }
+.entropy-module output { min-width: 3.2em; font-variant-numeric: tabular-nums }
+.entropy-module svg { display: block; width: 100%; max-width: 950px; height: auto; overflow: visible; touch-action: pan-y }
+.entropy-module svg text { fill: currentColor; font: 13px system-ui, sans-serif }
+.entropy-module [role=status] { min-height: 3em }
+.entropy-module [role=slider] { cursor: ns-resize; touch-action: none }
+.entropy-module [role=slider]:focus-visible { outline: 2px solid ${OVERLOAD}; outline-offset: 2px }
+.entropy-module .grid { stroke: currentColor; opacity: 0.18 }`;
+
+const make = (tag, attributes = {}, ...children) => {
+  const svg = /^(svg|g|path|line|rect|circle|text)$/.test(tag);
+  const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  set(made, attributes);
+  made.append(...children);
+  return made;
+};
+
+const set = (element, attributes) => {
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  return element;
+};
+
+// A labelled range that follows the model and moves it; `form` writes its value.
+const range = (model, name, label, low, high, step, form = (value) => value.toFixed(2)) => {
+  const input = make("input", { type: "range", min: low, max: high, step, "aria-label": label, class: `entropy-${name}` });
+  const output = make("output");
+  const follow = () => ((input.value = model.get(name)), (output.textContent = form(model.get(name))));
+  input.addEventListener("input", () => change(model, { [name]: Number(input.value) }));
+  model.on(`change:${name}`, follow);
+  follow();
+  return make("label", {}, label, input, output);
+};
+
+const choice = (model, name, label, options) => {
+  const select = make("select", { "aria-label": label, class: `entropy-${name}` });
+  for (const [value, words] of Object.entries(options)) select.append(make("option", { value }, words));
+  const follow = () => (select.value = model.get(name));
+  select.addEventListener("change", () => change(model, { [name]: select.value }));
+  for (const event of ["keydown", "keyup"]) select.addEventListener(event, (pressed) => pressed.stopPropagation());
+  model.on(`change:${name}`, follow);
+  follow();
+  return make("label", {}, label, select);
+};
+
+const button = (words, pressed, name) => {
+  const made = make("button", { class: `entropy-${name}` }, words);
+  made.addEventListener("click", pressed);
+  return made;
+};
+
+const change = (model, values) => {
+  for (const [name, value] of Object.entries(values)) model.set(name, value);
+  model.save_changes();
+};
+
+// A vertical handle: dragged, or moved by the arrow keys. `at(clientY)` is the value under the mouse.
+const handle = (element, label, { get, put, at, step, low, high }) => {
+  set(element, { role: "slider", tabindex: 0, "aria-label": label, "aria-valuemin": low, "aria-valuemax": high });
+  const within = (value) => Math.min(high, Math.max(low, value));
+  element.addEventListener("pointerdown", (down) => (element.setPointerCapture(down.pointerId), element.focus()));
+  element.addEventListener("pointermove", (moved) => {
+    if (element.hasPointerCapture(moved.pointerId)) put(within(at(moved.clientY)));
+  });
+  element.addEventListener("keydown", (pressed) => {
+    const move = { ArrowUp: step, ArrowRight: step, ArrowDown: -step, ArrowLeft: -step }[pressed.key];
+    if (!move) return;
+    pressed.preventDefault();
+    pressed.stopPropagation(); // JupyterLab would move to another cell
+    put(within(get() + move));
+  });
+};

@@ -1,0 +1,70 @@
+"""An explorer that is one ES module: it computes and draws in the browser, from the state that Python hands it once.
+
+The same module and state are the cell's HTML, so that it moves without a kernel: in a saved notebook that is trusted,
+in `nbconvert --to html`, offline. With a kernel its traits are those of the widget, read and set from Python.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from importlib.resources import files
+
+try:
+    import anywidget
+except ImportError as error:
+    raise ImportError("this explorer needs anywidget: pip install 'entropy_lib[notebooks]'") from error
+
+_HERE = files("entropy_lib.explore")
+
+# anywidget's model, as far as our modules use it, over a plain state.
+_MODEL = """
+const listeners = {};
+const model = {
+  get: (name) => state[name],
+  set: (name, value) => {
+    if (JSON.stringify(state[name]) === JSON.stringify(value)) return;
+    state[name] = value;
+    for (const listen of listeners[`change:${name}`] ?? []) listen();
+  },
+  on: (event, listen) => (listeners[event] ??= []).push(listen),
+  off: (event, listen) => (listeners[event] = (listeners[event] ?? []).filter((other) => other !== listen)),
+  save_changes: () => {},
+};
+"""
+
+
+def module_source(name: str) -> str:
+    """The ES module of an explorer: the shared drawing, then its own file."""
+    return "\n".join((_HERE / file).read_text(encoding="utf-8") for file in ("draw.js", f"{name}.js"))
+
+
+class ModuleExplorer(anywidget.AnyWidget):
+    """A widget whose synced traits tagged `state` are all that its module sees; see the file's docstring."""
+
+    def state(self) -> dict:
+        """What the module computes from, by trait."""
+        return {name: getattr(self, name) for name in self.traits(state=True)}
+
+    def html(self) -> str:
+        """The explorer as it stands, as HTML that needs neither a kernel nor a network."""
+        source = base64.b64encode(str(self._esm).encode()).decode()
+        state = json.dumps(self.state(), sort_keys=True, allow_nan=False).replace("<", "\\u003c")
+        mark = hashlib.sha256((source + state).encode()).hexdigest()[:12]  # the same explorer twice on a page is fine
+        script = f"""
+const el = [...document.querySelectorAll(".entropy-{mark}")].find((found) => !found.dataset.started);
+if (el) {{
+  el.dataset.started = true;
+  const state = {state};{_MODEL}
+  import("data:text/javascript;base64,{source}").then((module) => module.default.render({{ model, el }}));
+}}"""
+        waiting = "An explorer: it moves where scripts may run, in JupyterLab once its cell is run."
+        return f'<div class="entropy-{mark}">{waiting}</div><script>(() => {{{script}}})();</script>'
+
+    def _repr_mimebundle_(self, **options):
+        shown = super()._repr_mimebundle_(**options)
+        if shown is not None:  # a pair of data and metadata, or in older versions the data alone
+            data = shown[0] if isinstance(shown, tuple) else shown
+            data["text/html"] = self.html()
+        return shown

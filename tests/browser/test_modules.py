@@ -1,0 +1,121 @@
+"""Explorers that are one module: their HTML in a browser, without kernel, server or network."""
+
+import json
+from statistics import median
+
+import pytest
+import torch
+from window import OUTPUT
+
+from entropy_lib.explore import tug_of_war
+
+FRAME = 33  # ms from an input event to the frame after it: two frames, since machines of a CI are shared
+WIDTHS = (700, 900, 1400)
+
+
+@pytest.fixture(scope="module")
+def open_html(page, tmp_path_factory):
+    """(explorers) -> a page with their HTML from the file system, in a window of its own with the network off."""
+    path = tmp_path_factory.mktemp("modules") / "page.html"
+    context = page.context.browser.new_context(offline=True, viewport={"width": 900, "height": 500})
+
+    def opened(*explorers):
+        opened = context.new_page()
+        opened.errors = []
+        opened.on("console", lambda message: opened.errors.append(message.text))
+        opened.on("pageerror", lambda error: opened.errors.append(str(error)))
+        path.write_text("<!doctype html><meta charset=utf-8>" + "".join(e.html() for e in explorers))
+        opened.goto(path.as_uri())
+        opened.locator(".entropy-module").nth(len(explorers) - 1).wait_for()
+        return opened
+
+    yield opened
+    context.close()
+
+
+def states():
+    """States of the toy head: random ones, uniform and one-hot rows, a single query, in both forms."""
+    generator = torch.Generator().manual_seed(0)
+    logits = [4 * torch.randn(q, k, generator=generator, dtype=torch.float64) for q, k in ((1, 2), (3, 8), (4, 5))]
+    logits += [torch.zeros(2, 6, dtype=torch.float64), 800 * torch.eye(2, 6, dtype=torch.float64)]
+    for rows in logits:
+        for per in ("head", "query"):
+            theta, gamma = torch.rand(2, generator=generator).mul(torch.tensor([1, 0.3])).tolist()
+            yield {"logits": rows.tolist(), "theta": theta, "gamma": gamma, "rate": 0.02, "per": per}
+
+
+def test_the_module_computes_what_the_library_does(open_html):
+    page = open_html(tug_of_war())
+    source = str(tug_of_war()._esm)
+    for state in states():
+        head = tug_of_war(state["logits"], state["theta"], state["gamma"])
+        head.per, head.rate = state["per"], state["rate"]
+        value, for_logits, for_theta = head.penalty()
+        found, after = page.evaluate(
+            """async ([source, state]) => {
+                const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+                return [module.penalty(state), module.step(state)];
+            }""",
+            [source, state],
+        )
+        head.step()
+        assert found["value"] == pytest.approx(value.item(), abs=1e-9)
+        assert found["forTheta"] == pytest.approx(for_theta.item(), abs=1e-9)
+        torch.testing.assert_close(torch.tensor(found["forLogits"], dtype=torch.float64), for_logits, rtol=0, atol=1e-9)
+        stepped = torch.tensor(after["logits"], dtype=torch.float64)
+        torch.testing.assert_close(stepped, torch.tensor(head.logits, dtype=torch.float64), rtol=0, atol=1e-6)
+        assert after["theta"] == pytest.approx(head.theta, abs=1e-9)
+
+
+def test_the_tug_of_war_moves_without_a_kernel(open_html):
+    page = open_html(tug_of_war(), tug_of_war())  # the same twice: each has its own state
+    first, second = page.locator(".entropy-module").all()
+    at_start = second.locator(".entropy-status").inner_text()
+    assert first.locator(".entropy-status").inner_text() == at_start
+    first.locator(".entropy-play").click()
+    first.locator(".entropy-status", has_text="after 23 steps the entropy moved 0.00 nats").wait_for()
+    head = tug_of_war()
+    head.step(23)
+    assert f"= {head.theta * 2.0794415:.2f}" in first.locator(".entropy-status").inner_text()
+    assert head.penalty()[0] == 0  # where it stopped
+    assert second.locator(".entropy-status").inner_text() == at_start
+    first.locator(".entropy-start").click()
+    page.wait_for_function("words => document.querySelector('.entropy-status').textContent === words", arg=at_start)
+    bar = first.get_by_role("slider", name="logit of query 0 for key 2")
+    bar.focus()
+    page.keyboard.press("ArrowUp")
+    page.wait_for_function("() => document.activeElement.getAttribute('aria-valuenow') === '0.25'")
+    first.locator(".entropy-per").select_option("query")
+    page.wait_for_function("words => document.querySelector('.entropy-status').textContent !== words", arg=at_start)
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_it_fits_its_cell_on_any_page(open_html, scheme):
+    page = open_html(tug_of_war())
+    if scheme == "dark":
+        page.evaluate("document.body.style = 'background: #111111; color: #EEEEEE'")
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 560})
+        page.screenshot(path=OUTPUT / f"tug_of_war-{scheme}-{width}.png")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    ink = page.locator(".entropy-module svg text").first.evaluate("text => getComputedStyle(text).fill")
+    assert ink == ("rgb(238, 238, 238)" if scheme == "dark" else "rgb(0, 0, 0)")
+
+
+def test_a_frame_follows_the_hand(open_html):
+    page = open_html(tug_of_war())
+    page.evaluate(
+        """() => {
+            window.times = [];
+            addEventListener("input", ({ timeStamp }) => requestAnimationFrame(() =>
+                setTimeout(() => times.push(performance.now() - timeStamp))), true);
+        }"""
+    )
+    page.locator(".entropy-theta").focus()
+    for press in range(20):
+        page.keyboard.press("ArrowRight" if press % 2 else "ArrowLeft")
+        page.wait_for_function("count => times.length > count", arg=press)
+    times = page.evaluate("times")
+    (OUTPUT / "latency_modules.json").write_text(json.dumps({"tug_of_war": [round(ms, 1) for ms in times]}))
+    assert median(times) < FRAME
