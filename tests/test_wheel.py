@@ -14,14 +14,14 @@ SCRIPT = """
 import entropy_lib, sys
 assert entropy_lib.__file__.startswith(sys.argv[1]), entropy_lib.__file__
 from entropy_lib import inference_cost, load_corpus
-from entropy_lib.explore import attention_inspector, penalty_explorer, run_explorer, temperature_explorer
+from entropy_lib.explore import attention_inspector, penalty_explorer, run_explorer, temperature_explorer, tug_of_war
 from entropy_lib.modeling import EntropyGPT2Config
 from entropy_lib.private_inference.parties import private_python
 
 print(len(inference_cost(EntropyGPT2Config(), 128, "spu-0.9.5").bytes) > 3)
 data, tokenizer = load_corpus("sample", context_length=128)
 print(len(data["train"]) > 1000)
-penalty_explorer(), temperature_explorer(), attention_inspector(), run_explorer()
+penalty_explorer(), temperature_explorer(), attention_inspector(), run_explorer(), tug_of_war().html()
 try:
     private_python()
 except ImportError as error:

@@ -28,6 +28,15 @@ const set = (element, attributes) => {
   return element;
 };
 
+// What an explorer's parts stand in. JupyterLab takes arrow keys to move between cells unless a parent says that it
+// must not, and prevents what they do to an input even then.
+const module = (...parts) => make("div", { class: "entropy-module", "data-lm-suppress-shortcuts": "true" }, ...parts);
+const keepArrows = (event) => {
+  const moves = /^(Arrow|Home|End|Page)/.test(event.key);
+  if (moves && event.target.matches?.(".entropy-module input, .entropy-module select")) event.stopPropagation();
+};
+if (!globalThis.entropyKeepsArrows) window.addEventListener("keydown", (globalThis.entropyKeepsArrows = keepArrows), true);
+
 // A labelled range that follows the model and moves it; `form` writes its value.
 const range = (model, name, label, low, high, step, form = (value) => value.toFixed(2)) => {
   const input = make("input", { type: "range", min: low, max: high, step, "aria-label": label, class: `entropy-${name}` });
@@ -44,7 +53,6 @@ const choice = (model, name, label, options) => {
   for (const [value, words] of Object.entries(options)) select.append(make("option", { value }, words));
   const follow = () => (select.value = model.get(name));
   select.addEventListener("change", () => change(model, { [name]: select.value }));
-  for (const event of ["keydown", "keyup"]) select.addEventListener(event, (pressed) => pressed.stopPropagation());
   model.on(`change:${name}`, follow);
   follow();
   return make("label", {}, label, select);
@@ -72,8 +80,7 @@ const handle = (element, label, { get, put, at, step, low, high }) => {
   element.addEventListener("keydown", (pressed) => {
     const move = { ArrowUp: step, ArrowRight: step, ArrowDown: -step, ArrowLeft: -step }[pressed.key];
     if (!move) return;
-    pressed.preventDefault();
-    pressed.stopPropagation(); // JupyterLab would move to another cell
+    pressed.preventDefault(); // the page would scroll
     put(within(get() + move));
   });
 };

@@ -143,20 +143,20 @@ function render({ model, el }) {
   const again = button("from the start", () => (stop(), change(model, start)), "start");
   el.replaceChildren(
     make("style", {}, STYLE),
-    make("div", { class: "entropy-module" },
+    module(
       make("div", { class: "controls" }, play, again,
         range(model, "theta", "threshold θ", 0, 1, 0.01), range(model, "gamma", "margin γ", 0, 0.5, 0.01),
         range(model, "rate", "step size", 0.001, 0.02, 0.001, (value) => value.toFixed(3)),
         choice(model, "per", "per", { head: "head (Algorithm 1)", query: "query (published code)" })),
       words, svg),
   );
-  for (const name of ["gamma", "per", "theta", "logits"]) model.on(`change:${name}`, () => model.get(name) !== undefined && queue());
   let queued = false; // one redraw a frame, however many values changed
   const queue = () => {
     if (queued) return;
     queued = true;
     requestAnimationFrame(() => ((queued = false), draw()));
   };
+  for (const name of NAMES) model.on(`change:${name}`, queue);
   draw();
   return () => cancelAnimationFrame(timer);
 }

@@ -119,3 +119,27 @@ def test_a_frame_follows_the_hand(open_html):
     times = page.evaluate("times")
     (OUTPUT / "latency_modules.json").write_text(json.dumps({"tug_of_war": [round(ms, 1) for ms in times]}))
     assert median(times) < FRAME
+
+
+def test_in_jupyterlab_python_and_the_page_see_one_state(page):
+    run = """async (code) => {
+        const { content } = lab.app.shell.currentWidget;
+        await lab.app.commands.execute("notebook:insert-cell-below");
+        content.activeCell.model.sharedModel.setSource(code);
+        await lab.app.commands.execute("notebook:run-cell");
+    }"""
+    page.evaluate(run, "from entropy_lib.explore import tug_of_war; toy = tug_of_war(); toy")
+    toy = page.locator(".jp-OutputArea-output .entropy-module")
+    toy.wait_for()
+    page.evaluate("lab.kernel().requestExecute({ code: 'toy.theta = 0.31' }).done")
+    toy.locator("output", has_text="0.31").wait_for()
+    toy.locator(".entropy-theta").focus()
+    page.keyboard.press("ArrowRight")
+    toy.locator("output", has_text="0.32").wait_for()
+    page.evaluate(run, "print('theta', round(toy.theta, 2), toy.step(1), round(toy.theta, 3))")
+    head = tug_of_war(theta=0.32)
+    head.step()
+    page.locator(".jp-OutputArea-output", has_text=f"theta 0.32 None {head.theta:.3f}").wait_for()
+    for _ in range(2):
+        page.evaluate("lab.app.commands.execute('notebook:delete-cell')")
+    assert page.locator(".jp-Notebook .entropy-module").count() == 0
