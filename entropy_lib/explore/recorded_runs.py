@@ -51,9 +51,25 @@ def label(record: RunRecord) -> str:
     """A run's name in a list: variant, seed, tokens, how it ended if badly, and its folder in data/runs or size."""
     words = f"{record.variant}, seed {record.seed}, {record.tokens / 1e6:.3g}M tokens"
     words += ", collapsed" * (record.status == "collapsed")
-    if record.path is not None and RUNS in record.path.parents:
-        return f"{words} ({record.path.parent.relative_to(RUNS).as_posix()})"
-    return f"{words} ({record.size}, {record.corpus})"
+    return f"{words} ({_folder(record)})"
+
+
+def _folder(record: RunRecord) -> str:
+    inside = record.path is not None and RUNS in record.path.parents
+    return record.path.parent.relative_to(RUNS).as_posix() if inside else f"{record.size}, {record.corpus}"
+
+
+def _story(records: list[RunRecord]) -> tuple[int, int]:
+    """Indices of two runs that part ways: the model whose heads overload and the same with temperature and penalty.
+
+    The first that were trained alike; where there are none, the first two records.
+    """
+    for left, record in enumerate(records):
+        for right, other in enumerate(records):
+            alike = (record.corpus, record.seed, record.tokens) == (other.corpus, other.seed, other.tokens)
+            if alike and (record.variant, other.variant) == ("SM+ScFuFFN", "EReg(SM(t)+ScFuFFN)"):
+                return left, right
+    return 0, min(1, len(records) - 1)
 
 
 def run_explorer(records: RunRecord | Sequence[RunRecord] | None = None) -> RunExplorer:
@@ -70,25 +86,32 @@ def run_explorer(records: RunRecord | Sequence[RunRecord] | None = None) -> RunE
 
 
 class RunExplorer(Explorer):
-    """See `run_explorer`. Controls: left and right (indices of runs), learned (which parameter), step, play."""
+    """See `run_explorer`. Controls: left and right (indices of runs), learned (which parameter), step, play, and
+    experiment, which shortens the lists, where there are several.
+    """
 
     def __init__(self, records: Sequence[RunRecord]):
         self._records, self._shown = list(records), {}
         names = [(label(record), index) for index, record in enumerate(self._records)]
+        folders = list(dict.fromkeys(_folder(record) for record in self._records))
+        left, right = _story(self._records)
         play = widgets.Play(value=0, min=0, max=1, interval=400)
         play.add_class("entropy-play")
         controls = {
-            "left": dropdown("left", "left", names, 0),
-            "right": dropdown("right", "right", names, min(1, len(names) - 1)),
+            "left": dropdown("left", "left", names, left),
+            "right": dropdown("right", "right", names, right),
             "step": slider("step", "training step", 0, 0, 0, 1, width="420px"),
             "learned": dropdown("learned", "learned", [(symbol, column) for column, symbol in SYMBOLS.items()]),
         }
         self.play = play
-        super().__init__(
-            _figure(max(len(record.entropy) for record in records)),
-            controls,
-            [["left", "right"], ["step", row(play), "learned"]],
-        )
+        rows = [["left", "right"], ["step", row(play), "learned"]]
+        if len(folders) > 1:
+            choices = [("all", None), *((folder, folder) for folder in folders)]
+            controls["experiment"] = dropdown(
+                "experiment", "experiment", choices, tip="only runs of this folder of data/runs"
+            )
+            rows.insert(0, ["experiment"])
+        super().__init__(_figure(max(len(record.entropy) for record in records)), controls, rows)
         self._link = widgets.jslink((play, "value"), (controls["step"], "value"))
 
     def shown(self, side: str) -> tuple[RunRecord, int]:
@@ -98,8 +121,11 @@ class RunExplorer(Explorer):
         return record, max(int(np.searchsorted(steps, self.controls["step"].value, side="right")) - 1, 0)
 
     def draw(self, changed: str | None) -> None:
+        if changed == "experiment":
+            self._choose_from(self.controls["experiment"].value)
+            changed = "left"
         if changed in (None, *SIDES):
-            self._set_steps([self._records[self.controls[side].value] for side in SIDES])
+            self._set_steps([self._records[self.controls[side].value] for side in SIDES], opening=changed is None)
         shown = {side: self.shown(side) for side in SIDES}
         if changed in (None, *SIDES):
             self._draw_curves([record for record, _ in shown.values()])
@@ -124,13 +150,20 @@ class RunExplorer(Explorer):
             cursor.update(x0=self.controls["step"].value, x1=self.controls["step"].value)
         self.say("<br>".join(words))
 
-    def _set_steps(self, records: list[RunRecord]) -> None:
+    def _choose_from(self, folder: str | None) -> None:
+        chosen = [i for i, record in enumerate(self._records) if folder in (None, _folder(record))]
+        for side, place in zip(SIDES, _story([self._records[i] for i in chosen]), strict=True):
+            self.controls[side].options = [(label(self._records[i]), i) for i in chosen]
+            self.controls[side].value = chosen[place]
+
+    def _set_steps(self, records: list[RunRecord], opening: bool) -> None:
         """The slider ends with the longer run and moves as often as the runs recorded: every key shows something."""
         steps = [record.history["step"].to_numpy() for record in records]
         last = max(int(column[-1]) for column in steps)
         stride = max(min((int(np.median(np.diff(column))) for column in steps if len(column) > 1), default=1), 1)
         step = self.controls["step"]
         value = last if step.value == step.max else min(step.value, last)  # who looks at the end stays there
+        value = 0 if opening else value
         for control in (step, self.play):
             control.max, control.step, control.value = last, stride, value
 

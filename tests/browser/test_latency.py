@@ -28,6 +28,8 @@ def test_a_key_press_redraws_soon(page, name, report):
     window = Window(page, name)
     if name == "playground":  # which draws nothing anew but the run that is shown
         make_two_runs(window)
+    if name == "runs":  # which opens at the first step
+        window.press("step", "End")
     window.settle(1000)
     window.figure.evaluate("figure => lab.watch(figure)")
     window.control(CONTROLS[name]).focus()

@@ -43,6 +43,28 @@ def test_both_sides_show_their_run_at_the_step(records, step, row):
     assert {shape.x0 for shape in explorer.figure.layout.shapes} == {step}
 
 
+def test_it_opens_on_two_runs_that_part_ways_at_the_first_step():
+    explorer = explore.run_explorer()
+    shown = [explorer.shown(side) for side in runs.SIDES]
+    assert [record.variant for record, _ in shown] == ["SM+ScFuFFN", "EReg(SM(t)+ScFuFFN)"]
+    assert [(record.path.parent.name, record.seed, row) for record, row in shown] == [("table3", 0, 0)] * 2
+    explorer.controls["step"].value = explorer.controls["step"].max
+    assert [row for _, row in map(explorer.shown, runs.SIDES)] == [len(record.history) - 1 for record, _ in shown]
+
+
+def test_an_experiment_narrows_the_lists():
+    explorer = explore.run_explorer()
+    everything = len(explorer.controls["left"].options)
+    explorer.controls["experiment"].value = "pypi-small"
+    listed = [runs.label(record) for record in runs.recorded(None) if record.path.parent.name == "pypi-small"]
+    for side in runs.SIDES:
+        assert [words for words, _ in explorer.controls[side].options] == listed
+        assert explorer.shown(side)[0].path.parent.name == "pypi-small"
+    assert explorer.shown("left")[0].variant in explorer.status.value
+    explorer.controls["experiment"].value = None
+    assert len(explorer.controls["left"].options) == everything > len(listed)
+
+
 def test_what_was_learned(records):
     names = [record.variant for record in records]
     explorer = explore.run_explorer(records)
