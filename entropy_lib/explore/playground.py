@@ -168,7 +168,12 @@ class TrainingPlayground(Explorer):
         data, first = self.figure.data, [run.rows[0]["loss"] for run in self.runs if run.rows]
         marks = [self._unigram] if self._unigram else []
         top = 1.1 * max(first + marks, default=8)
-        low = min([r["loss"] for run in self.runs for r in run.rows if math.isfinite(r["loss"])] + marks, default=0)
+        finite = [r["loss"] for run in self.runs for r in run.rows if math.isfinite(r["loss"])]
+        low, high = min(finite + marks, default=0), max(finite, default=0)
+        exploded = high > 1.5 * top  # a linear axis would hide that run, or all others
+        high = min(high, 1e2 * top)
+        top = 1.5 * high if exploded else top
+        limit = high if exploded else top - 0.05 * (top - low)
         crosses = []
         for slot in range(MAX_RUNS):
             run = self.runs[slot] if slot < len(self.runs) else None
@@ -178,16 +183,20 @@ class TrainingPlayground(Explorer):
                 color = legible(VARIANT_COLORS.get(run.variant, PALETTE[slot]))
                 line |= {"name": run.name, "line.color": color, "line.dash": DASHES[(run.number - 1) % MAX_RUNS]}
                 if run.state == "collapsed" and rows:
-                    crosses.append((run.step, min(rows[-1]["loss"], top - 0.05 * (top - low)), color))
+                    last = [r["loss"] for r in rows if math.isfinite(r["loss"])][-1:] or [limit]
+                    crosses.append((run.step, min(*last, limit), color))
             data[slot].update({**line, "showlegend": run is not None}, overwrite=True)
         x, y, colors = zip(*crosses, strict=True) if crosses else ([], [], [])
         data[MAX_RUNS].update({"x": x, "y": y, "marker.color": colors})
         axis = self.figure.layout
-        axis.yaxis.range = [low - 0.12 * (top - low), top]  # room below for the word under the dashed line
+        room = (
+            [low * (low / top) ** 0.12, top] if exploded else [low - 0.12 * (top - low), top]
+        )  # for the word under the dashed line
+        axis.yaxis.update(type="log" if exploded else "linear", range=[*map(math.log10, room)] if exploded else room)
         axis.xaxis.range = [0, max([run.recipe.steps for run in self.runs], default=self.controls["steps"].value)]
         if self._unigram:
             axis.shapes[0].update(y0=self._unigram, y1=self._unigram, visible=True)
-            axis.annotations[-1].update(y=self._unigram, visible=True)
+            axis.annotations[-1].update(y=math.log10(self._unigram) if exploded else self._unigram, visible=True)
 
     def _draw_heads(self) -> None:
         shown, layout = self.shown, self.figure.layout

@@ -6,6 +6,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from entropy_lib.entropy import diagnose
+from entropy_lib.explore.playground_figure import MAX_RUNS
 from entropy_lib.training.recipe import Recipe
 from entropy_lib.training.train import train_variant
 from entropy_lib.training.trainer import EntropyTrainer
@@ -129,9 +131,33 @@ def test_a_collapse_is_a_result(explorer):
     assert "Collapsed: 3 steps in a row" in explorer.status.value
     assert run.step < 40
     crosses = explorer.figure.data[playground.MAX_RUNS]
-    top = explorer.figure.layout.yaxis.range[1]
+    assert explorer.figure.layout.yaxis.type == "log"
+    top = 10 ** explorer.figure.layout.yaxis.range[1]
     assert tuple(crosses.x) == (run.step,)
-    assert crosses.y[0] <= top < 20  # a loss of 1e9 does not flatten the others
+    assert crosses.y[0] <= top < 20_000  # a loss of 1e9 does not flatten the others
+
+
+@pytest.mark.parametrize(("peak", "axis"), [(6.5, "linear"), (400.0, "log")])
+def test_a_run_that_explodes_is_seen_beside_one_that_learns(explorer, peak, axis):
+    explorer.clear()
+    losses = {"SM": [6.0, peak, float("nan")], "SM+LN+G": [6.0, 5.0, 4.0]}
+    for number, (variant, values) in enumerate(losses.items(), 1):
+        rows = [{"step": step, "loss": loss} for step, loss in enumerate(values)]
+        state = "finished" if variant == "SM+LN+G" else "collapsed"
+        run = SimpleNamespace(variant=variant, name=variant, number=number, rows=rows, state=state, step=2)
+        run.recipe = SimpleNamespace(steps=3)
+        explorer.runs.append(run)
+    explorer._draw_losses()
+    explorer.runs.clear()
+    figure = explorer.figure
+    assert figure.layout.yaxis.type == axis
+    low, high = (10**edge if axis == "log" else edge for edge in figure.layout.yaxis.range)
+    (cross,) = figure.data[MAX_RUNS].y
+    assert low < 4.0
+    assert 6.0 < cross <= peak < high * 1.1
+    assert cross < high
+    explorer.clear()
+    assert figure.layout.yaxis.type == "linear"
 
 
 def test_an_error_in_the_thread_is_shown_in_place(explorer, corpus):
