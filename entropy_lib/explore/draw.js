@@ -1,6 +1,6 @@
 // What every module draws with: native inputs, an SVG whose ink is the page's own, handles for mouse and keyboard.
 // No import and no export: Python puts these lines above an explorer's module.
-const COLLAPSE = "#3B6FB6", OVERLOAD = "#C8553D", HEADS = ["#D55E00", "#0072B2", "#009E73", "#AA4499"];
+const OVERLOAD = "#C8553D", QUERIES = ["#D55E00", "#0072B2", "#009E73", "#AA4499"];
 const INK = "var(--jp-content-font-color1, var(--vscode-foreground, var(--colab-primary-text-color, currentColor)))";
 const STYLE = `
 .entropy-module { color: ${INK}; font: 13px/1.5 system-ui, sans-serif; max-width: 1100px }

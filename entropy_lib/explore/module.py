@@ -29,7 +29,6 @@ const model = {
     for (const listen of listeners[`change:${name}`] ?? []) listen();
   },
   on: (event, listen) => (listeners[event] ??= []).push(listen),
-  off: (event, listen) => (listeners[event] = (listeners[event] ?? []).filter((other) => other !== listen)),
   save_changes: () => {},
 };
 """

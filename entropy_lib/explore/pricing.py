@@ -71,12 +71,12 @@ class CostExplorer(Explorer):
         return None
 
     def draw(self, changed: str | None) -> None:
-        variant, unit = self.controls["variant"].value, unit_prices(self.controls["prices"].value)
+        variant, priced = self.controls["variant"].value, unit_prices(self.controls["prices"].value)
         network = self.controls["network"]
-        network.disabled = unit.includes_network or not unit.seconds
+        network.disabled = priced.includes_network or not priced.seconds
         paid = None if network.disabled else network.value
         names, length = (variant, BASELINE), self.controls["context"].value
-        self.costs = [inference_cost(self.architecture(name), length, unit.name, paid) for name in names]
+        self.costs = [inference_cost(self.architecture(name), length, priced.name, paid) for name in names]
         printed = [self.printed(name) for name in names]
         figure = self.figure
         for column, (title, quantity) in enumerate(_QUANTITIES):

@@ -39,7 +39,7 @@ function render({ model, el }) {
   let trace = [], timer;
   const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": "attention, band and history" });
   const words = make("div", { role: "status", "aria-live": "polite", class: "entropy-status" });
-  const { rows, keys } = { rows: model.get("logits").length, keys: model.get("logits")[0].length };
+  const rows = model.get("logits").length, keys = model.get("logits")[0].length;
   const ceiling = Math.log(keys);
   const y = (E) => BOTTOM - (E / ceiling) * (BOTTOM - TOP);
 
@@ -52,7 +52,7 @@ function render({ model, el }) {
   for (let j = 0; j < keys; j++) text((j + 0.5) * left, 312, `key ${j}`, { "text-anchor": "middle", style: "font-size: 11px" });
   const bars = model.get("logits").map((_, i) =>
     Array.from({ length: keys }, (_, j) => {
-      const bar = make("rect", { fill: HEADS[i], rx: 2, width: left / rows - 3, x: j * left + (i * left) / rows + 3 });
+      const bar = make("rect", { fill: QUERIES[i], rx: 2, width: left / rows - 3, x: j * left + (i * left) / rows + 3 });
       const grip = { get: () => model.get("logits")[i][j], step: 0.25, low: -LIMIT, high: LIMIT };
       handle(bar, `logit of query ${i} for key ${j}`, {
         ...grip,
@@ -80,7 +80,7 @@ function render({ model, el }) {
   text(BAND.x2 + 5, y(ceiling) + 4, `log ${keys}`);
   text((BAND.x1 + BAND.x2) / 2, 312, "nats, by query", { "text-anchor": "middle" });
   const dots = model.get("logits").map((_, i) =>
-    svg.appendChild(make("circle", { r: 7, cx: BAND.x1 + ((i + 0.5) * (BAND.x2 - BAND.x1)) / rows, fill: HEADS[i] })),
+    svg.appendChild(make("circle", { r: 7, cx: BAND.x1 + ((i + 0.5) * (BAND.x2 - BAND.x1)) / rows, fill: QUERIES[i] })),
   );
   const mean = svg.appendChild(make("line", { ...BAND, stroke: OVERLOAD, "stroke-width": 2 }));
   for (const E of [0, ceiling]) svg.append(make("line", { ...HISTORY, y1: y(E), y2: y(E), class: "grid" }));
@@ -96,8 +96,8 @@ function render({ model, el }) {
     now.logits.forEach((row, i) =>
       row.forEach((z, j) => {
         const shown = Math.min(LIMIT, Math.max(-LIMIT, z)); // gradient descent may go further than a hand
-        set(bars[i][j], { y: shown > 0 ? zero - shown * scale : zero, height: Math.max(Math.abs(shown) * scale, 4) });
-        set(bars[i][j], { "aria-valuenow": z.toFixed(2) });
+        const place = { y: shown > 0 ? zero - shown * scale : zero, height: Math.max(Math.abs(shown) * scale, 4) };
+        set(bars[i][j], { ...place, "aria-valuenow": z.toFixed(2) });
       }),
     );
     const [low, high] = [now.theta - now.gamma, now.theta + now.gamma].map((share) => Math.min(1, Math.max(0, share)) * ceiling);

@@ -157,36 +157,36 @@ def inference_cost(
     """
     architecture = config if isinstance(config, Architecture) else Architecture.of(config)
     context_length = architecture.checked_length(context_length)
-    unit = unit_prices(prices)
+    priced = unit_prices(prices)
     if isinstance(network, str):
         if network not in NETWORKS:
             raise ValueError(f"unknown network {network!r}; choose from {', '.join(NETWORKS)} or pass a Network")
         network = NETWORKS[network]
     if not (network is None or isinstance(network, Network)):
         raise ValueError(f"network must be a Network, one of {', '.join(NETWORKS)} or None, got {network!r}")
-    if network and unit.includes_network:
-        raise ValueError(f"the minutes of {unit.name!r} include the network they were measured on; pass network=None")
-    if network and not unit.seconds:
-        raise ValueError(f"{unit.name!r} has no minutes that a network could add to; pass network=None")
+    if network and priced.includes_network:
+        raise ValueError(f"the minutes of {priced.name!r} include the network they were measured on; pass network=None")
+    if network and not priced.seconds:
+        raise ValueError(f"{priced.name!r} has no minutes that a network could add to; pass network=None")
     sent, seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
     flops = dict.fromkeys(PARTS, 0)
     nonlinear: dict[str, list[int]] = {}
     per_layer = 0.0
     for operation in operations(architecture, context_length, logits_to_keep):
-        communicated = unit.price(operation, unit.bytes)
+        communicated = priced.price(operation, priced.bytes)
         sent[operation.part] += communicated
-        seconds[operation.part] += unit.price(operation, unit.seconds)
+        seconds[operation.part] += priced.price(operation, priced.seconds)
         if network:
-            seconds[operation.part] += network.seconds(communicated, unit.rounds[operation.name])
+            seconds[operation.part] += network.seconds(communicated, priced.rounds[operation.name])
         flops[operation.part] += operation.flops
         per_layer += communicated if operation.layer is not None else 0
         if operation.part in ("softmax", "LayerNorm", "activation") and operation.layer is not None:
             heads = operation.shape[0] if operation.part == "softmax" else 1  # Table 3 counts every head
             entry = nonlinear.setdefault(operation.name, [0, *operation.shape[-2:]])
             entry[0] += heads
-    label = network.name if network else "included" if unit.includes_network else "none"
+    label = network.name if network else "included" if priced.includes_network else "none"
     return InferenceCost(
-        architecture, context_length, unit.name, label,
+        architecture, context_length, priced.name, label,
         nonlinear, flops["FFN linear"], flops["attention linear"], sent,
         {part: value / 60 for part, value in seconds.items()}, per_layer / architecture.layers / 1e9,
     )  # fmt: skip

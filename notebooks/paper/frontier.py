@@ -60,8 +60,13 @@ def frontier(tokens: str = "200M", runs: str | Path = "data/runs") -> pd.DataFra
         raise ValueError(f"no record of {BASELINE} with {tokens} tokens and a scaled start: gaps have no baseline")
     given, best = block_megabytes(BASELINE, AS_GIVEN), block_megabytes(BASELINE, AT_BEST)
     order = [*VARIANTS, *PRIVATE_VARIANTS]
+
+    def place(item) -> tuple:  # models that no list names, those of `head_choice`, come last
+        name, learning_rate = item[0]
+        return order.index(name) if name in order else len(order), name, -learning_rate
+
     rows = {}
-    for (name, learning_rate), found in sorted(records.items(), key=lambda x: (order.index(x[0][0]), -x[0][1])):
+    for (name, learning_rate), found in sorted(records.items(), key=place):
         ppl = _perplexities(found) or [math.nan]
         recalls = [record.recall for record in found if record.finished and record.recall is not None]
         megabytes = block_megabytes(name, AT_BEST)

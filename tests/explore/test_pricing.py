@@ -22,8 +22,8 @@ def drawn(explorer, column):
     return {bar.name: tuple(bar.x) for bar in bars}, tuple(totals.text), tuple(crosses.x)
 
 
-def expected(variant, length, unit, network=None, **config):
-    return inference_cost(build_model(variant, "tiny", n_positions=length, **config).config, length, unit, network)
+def expected(variant, length, prices, network=None, **config):
+    return inference_cost(build_model(variant, "tiny", n_positions=length, **config).config, length, prices, network)
 
 
 def test_bars_are_the_library_s_after_every_control_is_changed():

@@ -70,6 +70,16 @@ def test_a_seed_that_was_run_again_counts_once(tmp_path):
     assert (row["perplexity"], row["runs"], row["recall"], row["gap"]) == (25.5, 2, 0.5, 0)
 
 
+def test_heads_placed_by_a_rule_come_after_the_named_models(tmp_path):
+    record(planned("initialization", "SM+LN+G", 0), tmp_path, 26.0)
+    chosen = "SM(0,5,1,1,2,1,0,1,1,0,0,0)+LN(a)+R+V"  # as the committed ranking places twelve
+    record(planned("head_choice", chosen, 0), tmp_path, 25.0)
+    record(planned("private", "SM(1)+LN(a)+R+V", 0), tmp_path, 24.0)
+    table = frontier("66M", tmp_path)
+    assert list(table.index) == ["SM+LN+G", "SM(1)+LN(a)+R+V", chosen]
+    assert (table.loc[chosen, "softmax heads"], table.loc[chosen, "MB"]) == (12, pytest.approx(table["MB"].iloc[1]))
+
+
 def test_the_command_prints_both_tables_or_what_is_missing(runs, tmp_path, capsys):
     assert command.main(["--runs", str(runs)]) == 0
     printed = capsys.readouterr().out

@@ -80,8 +80,8 @@ def test_the_printed_network_cannot_carry_the_printed_bytes_in_the_printed_minut
 
 def test_committed_books_are_what_the_fit_gives():
     record = json.loads((DATA / "private_inference" / f"measured-{MEASURED}.json").read_text())
-    fitted, unit = fit_measured(record), costs.unit_prices(MEASURED)
-    assert (unit.bytes, unit.seconds, unit.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
+    fitted, priced = fit_measured(record), costs.unit_prices(MEASURED)
+    assert (priced.bytes, priced.seconds, priced.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
     paper = fit_paper(costs.unit_prices("spu-0.9.2b0-cheetah").bytes)
     for quantity in ("bytes", "seconds"):
         committed = getattr(costs.unit_prices("paper"), quantity)
@@ -332,6 +332,6 @@ def test_decimal_rounding_of_the_closest_printed_cell():
 
 @pytest.mark.parametrize("name", costs.price_names())
 def test_whatever_has_a_price_in_seconds_has_rounds_too(name):
-    unit = costs.unit_prices(name)
-    if unit.seconds and not unit.includes_network:
-        assert set(unit.bytes) == set(unit.seconds) == set(unit.rounds)
+    priced = costs.unit_prices(name)
+    if priced.seconds and not priced.includes_network:
+        assert set(priced.bytes) == set(priced.seconds) == set(priced.rounds)

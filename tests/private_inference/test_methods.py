@@ -192,9 +192,9 @@ def measured_records():
 
 def test_committed_books_are_what_the_fit_gives(records):
     for method, fitted in fit_methods(records).items():
-        unit = unit_prices(prices_name(method))
-        assert unit.method == method
-        assert (unit.bytes, unit.seconds, unit.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
+        priced = unit_prices(prices_name(method))
+        assert priced.method == method
+        assert (priced.bytes, priced.seconds, priced.rounds) == (fitted["bytes"], fitted["seconds"], fitted["rounds"])
     assert unit_prices("optimized").method == "optimized"
     assert unit_prices("paper").method == "as given"
 
