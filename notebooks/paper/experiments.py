@@ -109,6 +109,8 @@ def _head_choice() -> tuple[Run, ...]:
     return _runs("head_choice/chosen", sorted(names), SHORT)
 
 
+# The first 306 steps are those of Tables 2 and 3, whose warm-up they are: with the same seed they are the same runs.
+_EVERY_STEP = FULL | {"steps": 340, "warmup_ratio": 0.90, "entropy_every": 1, "eval_every": 0}
 _BUDGETED = ("SM+LN+G", "SM+ScFuFFN", EREG)
 _33M = (
     *_runs("budget/33M", _BUDGETED, FULL | {"steps": 500}),
@@ -147,6 +149,11 @@ EXPERIMENTS: dict[str, Experiment] = {
             "table6",
             "what keeps the softmax-only FFN trainable, 200M tokens",
             (*_BASELINE[:1], *_runs("table6", ["SM+WNorm", "SM+SNorm", "SM+ScFFN"], FULL)),
+        ),
+        (
+            "collapse",
+            "every step of the warm-up of five of these runs: how entropies fall, where models break",
+            _runs("collapse", ["SM", "SM(t)+ScFuFFN", "SM+ScFuFFN", EREG, "SM+LN+G"], _EVERY_STEP),
         ),
         (
             "learning_rates",
@@ -304,7 +311,7 @@ def expand(options: argparse.Namespace) -> dict[str, list[Run]]:
     planned = [run for name in options.experiments for run in EXPERIMENTS.get(name, Experiment("", "", ())).runs]
     for kind, known, names in (
         ("experiment", list(EXPERIMENTS), options.experiments),
-        ("variant of these experiments", [v for v in _START if any(v == r.variant for r in planned)], options.only),
+        ("variant of these experiments", list(dict.fromkeys(run.variant for run in planned)), options.only),
         ("seed of these experiments", sorted({run.seed for run in planned}), options.seeds),
     ):
         if unknown := [name for name in names or () if name not in known]:
@@ -314,7 +321,7 @@ def expand(options: argparse.Namespace) -> dict[str, list[Run]]:
     runs: dict[str, list[tuple[Run, Run]]] = {}
     for name in options.experiments:
         for run in EXPERIMENTS[name].runs:
-            if run.variant in (options.only or _START) and run.seed in (options.seeds or (run.seed,)):
+            if run.variant in (options.only or (run.variant,)) and run.seed in (options.seeds or (run.seed,)):
                 changed = replace(run, changes=run.changes | recipe_changes(options), **overrides)
                 runs.setdefault("/".join((name, *run.folder.parts[1:])), []).append((run, changed))
     if not runs:

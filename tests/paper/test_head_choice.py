@@ -60,3 +60,7 @@ def test_the_experiment_lists_its_runs_once_the_ranking_is_on_record(tmp_path, m
     assert variant_name((4, *[0] * 11)) in names  # the four of lowest entropy, all in layer 0
     assert variant_name((*[0] * 9, 12, 12, 12)) in names  # the 36 of highest entropy, and of most dependence
     assert all(sum(get_variant(name).dynamic_heads) in COUNTS for name in names)
+    asked = experiments.expand(experiments.parser().parse_args(["head_choice"]))  # by the command that trains them
+    assert {run.variant for runs in asked.values() for run in runs} == names
+    (one,) = experiments.expand(experiments.parser().parse_args(["head_choice", "--only", min(names)])).values()
+    assert [run.variant for run in one] == [min(names)]
