@@ -10,6 +10,7 @@ _EXPLORERS = {  # name: its file, named otherwise, since importing a file puts i
     "cost_explorer": "pricing",
     "attention_inspector": "inspector",
     "tug_of_war": "toy_head",
+    "collapse_film": "film",
 }
 
 __all__ = list(_EXPLORERS)

@@ -109,7 +109,7 @@ def _head_choice() -> tuple[Run, ...]:
     return _runs("head_choice/chosen", sorted(names), SHORT)
 
 
-# The first 306 steps are those of Tables 2 and 3, whose warm-up they are: with the same seed they are the same runs.
+# Starts, batches and warm-up (306 steps) are those of the first rows of Tables 2 and 3 (305 steps).
 _EVERY_STEP = FULL | {"steps": 340, "warmup_ratio": 0.90, "entropy_every": 1, "eval_every": 0}
 _BUDGETED = ("SM+LN+G", "SM+ScFuFFN", EREG)
 _33M = (

@@ -7,7 +7,9 @@ import pytest
 import torch
 from window import OUTPUT
 
-from entropy_lib.explore import tug_of_war
+from entropy_lib.clone import CLONE
+from entropy_lib.explore import collapse_film, tug_of_war
+from entropy_lib.training.records import load_runs
 
 FRAME = 33  # ms from an input event to the frame after it: two frames, since machines of a CI are shared
 WIDTHS = (700, 900, 1400)
@@ -90,35 +92,86 @@ def test_the_tug_of_war_moves_without_a_kernel(open_html):
     assert page.errors == []
 
 
+@pytest.fixture(scope="module")
+def film():
+    return collapse_film(load_runs(CLONE / "data" / "runs" / "collapse"), last_step=306)
+
+
+def test_the_film_shows_the_record_s_numbers(open_html, film):
+    page = open_html(film)
+    page.locator(".entropy-step").focus()
+    for key, step in (("End", 306), ("Home", 1), ("PageUp", None)):
+        page.keyboard.press(key)
+        if step:
+            page.locator(".entropy-status", has_text=f"step {step} of 306").wait_for()
+    film.step = int(page.locator(".entropy-step").input_value())
+    page.locator(".entropy-status", has_text=f"step {film.step} of 306").wait_for()
+    maps = page.locator(".entropy-maps canvas").all()
+    for (name, entropies), canvas in zip(film.entropies().items(), maps, strict=True):
+        label = canvas.get_attribute("aria-label")
+        assert float(label.removeprefix(f"{name}: mean entropy ").removesuffix(" nats")) == pytest.approx(
+            entropies.mean().item(), abs=0.01
+        )
+    box = maps[0].bounding_box()
+    page.mouse.move(box["x"] + 3.5 / 12 * box["width"], box["y"] + 1.5 / 12 * box["height"])
+    name, entropies = next(iter(film.entropies().items()))
+    told = page.locator(".entropy-status", has_text=f"{name}, layer 1, head 3: ")
+    told.wait_for()
+    nats = told.inner_text().split("head 3: ")[1].split(" nats")[0]
+    assert float(nats) == pytest.approx(entropies[1, 3].item(), abs=0.015)
+    page.locator(".entropy-play").click()
+    page.wait_for_function("() => Number(document.querySelector('.entropy-step').value) >= 240", timeout=20_000)
+    page.locator(".entropy-play").click()
+    assert page.locator(".entropy-maps", has_text="broke at step 227").count() == 1
+    frames = page.evaluate(
+        """async () => {
+            let count = 0, start = performance.now();
+            document.querySelector(".entropy-play").click();
+            while (performance.now() - start < 1000) {
+                await new Promise(requestAnimationFrame);
+                count++;
+            }
+            document.querySelector(".entropy-play").click();
+            return count;
+        }"""
+    )
+    assert frames > 20
+    assert page.errors == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_its_cell_on_any_page(open_html, scheme):
-    page = open_html(tug_of_war())
+@pytest.mark.parametrize("name", ["tug_of_war", "film"])
+def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
+    film.step = 200
+    page = open_html({"tug_of_war": tug_of_war(), "film": film}[name])
     if scheme == "dark":
         page.evaluate("document.body.style = 'background: #111111; color: #EEEEEE'")
     for width in WIDTHS:
-        page.set_viewport_size({"width": width, "height": 560})
-        page.screenshot(path=OUTPUT / f"tug_of_war-{scheme}-{width}.png")
+        page.set_viewport_size({"width": width, "height": 620})
+        page.screenshot(path=OUTPUT / f"{name}-{scheme}-{width}.png")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     ink = page.locator(".entropy-module svg text").first.evaluate("text => getComputedStyle(text).fill")
     assert ink == ("rgb(238, 238, 238)" if scheme == "dark" else "rgb(0, 0, 0)")
 
 
-def test_a_frame_follows_the_hand(open_html):
-    page = open_html(tug_of_war())
-    page.evaluate(
-        """() => {
-            window.times = [];
-            addEventListener("input", ({ timeStamp }) => requestAnimationFrame(() =>
-                setTimeout(() => times.push(performance.now() - timeStamp))), true);
-        }"""
-    )
-    page.locator(".entropy-theta").focus()
-    for press in range(20):
-        page.keyboard.press("ArrowRight" if press % 2 else "ArrowLeft")
-        page.wait_for_function("count => times.length > count", arg=press)
-    times = page.evaluate("times")
-    (OUTPUT / "latency_modules.json").write_text(json.dumps({"tug_of_war": [round(ms, 1) for ms in times]}))
-    assert median(times) < FRAME
+def test_a_frame_follows_the_hand(open_html, film):
+    latencies = {}
+    for name, explorer, control in (("tug_of_war", tug_of_war(), "theta"), ("film", film, "step")):
+        page = open_html(explorer)
+        page.evaluate(
+            """() => {
+                window.times = [];
+                addEventListener("input", ({ timeStamp }) => requestAnimationFrame(() =>
+                    setTimeout(() => times.push(performance.now() - timeStamp))), true);
+            }"""
+        )
+        page.locator(f".entropy-{control}").focus()
+        for press in range(20):
+            page.keyboard.press("ArrowRight" if press % 2 else "ArrowLeft")
+            page.wait_for_function("count => times.length > count", arg=press)
+        latencies[name] = [round(ms, 1) for ms in page.evaluate("times")]
+    (OUTPUT / "latency_modules.json").write_text(json.dumps(latencies))
+    assert {name: median(times) < FRAME for name, times in latencies.items()} == dict.fromkeys(latencies, True)
 
 
 def test_in_jupyterlab_python_and_the_page_see_one_state(page):
