@@ -223,7 +223,7 @@ CALLS = {
     "train_variant, failing": lambda corpus, **_: failed(corpus),
     "load_corpus": lambda tmp_path, **_: read(tmp_path / "text.txt"),
     "record_entropy": lambda **_: recorded_by(MODEL_AND_TOKENIZER[0]),
-    "penalty_explorer": lambda **_: explorer("penalty_explorer", "theta", 0.9),
+    "penalty_explorer": lambda **_: explore.penalty_explorer().still(),
     "temperature_explorer": lambda **_: explorer("temperature_explorer", "t", 10.0),
     "run_explorer": lambda **_: explorer("run_explorer", "step", 1),
     "cost_explorer": lambda **_: explorer("cost_explorer", "layers", 5),

@@ -1,6 +1,7 @@
 // What every module draws with: native inputs, an SVG whose ink is the page's own, handles for mouse and keyboard.
 // No import and no export: Python puts these lines above an explorer's module.
-const OVERLOAD = "#C8553D", QUERIES = ["#D55E00", "#0072B2", "#009E73", "#AA4499"];
+const COLLAPSE = "#3B6FB6", HEALTHY = "#8A9099", OVERLOAD = "#C8553D";
+const QUERIES = ["#D55E00", "#0072B2", "#009E73", "#AA4499"];
 const INK = "var(--jp-content-font-color1, var(--vscode-foreground, var(--colab-primary-text-color, currentColor)))";
 const STYLE = `
 .entropy-module { color: ${INK}; font: 13px/1.5 system-ui, sans-serif; max-width: 1100px }
@@ -37,12 +38,14 @@ const keepArrows = (event) => {
 };
 if (!globalThis.entropyKeepsArrows) window.addEventListener("keydown", (globalThis.entropyKeepsArrows = keepArrows), true);
 
-// A labelled range that follows the model and moves it; `form` writes its value.
-const range = (model, name, label, low, high, step, form = (value) => value.toFixed(2)) => {
-  const input = make("input", { type: "range", min: low, max: high, step, "aria-label": label, class: `entropy-${name}` });
+// A labelled range that follows the model and moves it; `form` writes its value. With `log`, step is in powers of ten.
+const range = (model, name, label, low, high, step, form = (value) => value.toFixed(2), log = false) => {
+  const [onTrack, ofTrack] = log ? [Math.log10, (place) => 10 ** place] : [Number, Number];
+  const ends = { min: onTrack(low), max: onTrack(high), step };
+  const input = make("input", { type: "range", ...ends, "aria-label": label, class: `entropy-${name}` });
   const output = make("output");
-  const follow = () => ((input.value = model.get(name)), (output.textContent = form(model.get(name))));
-  input.addEventListener("input", () => change(model, { [name]: Number(input.value) }));
+  const follow = () => ((input.value = onTrack(model.get(name))), (output.textContent = form(model.get(name))));
+  input.addEventListener("input", () => change(model, { [name]: ofTrack(Number(input.value)) }));
   model.on(`change:${name}`, follow);
   follow();
   return make("label", {}, label, input, output);
@@ -58,10 +61,53 @@ const choice = (model, name, label, options) => {
   return make("label", {}, label, select);
 };
 
+const check = (model, name, label) => {
+  const input = make("input", { type: "checkbox", "aria-label": label, class: `entropy-${name}` });
+  const follow = () => (input.checked = model.get(name));
+  input.addEventListener("change", () => change(model, { [name]: input.checked }));
+  model.on(`change:${name}`, follow);
+  follow();
+  return make("label", {}, input, label);
+};
+
 const button = (words, pressed, name) => {
   const made = make("button", { class: `entropy-${name}` }, words);
   made.addEventListener("click", pressed);
   return made;
+};
+
+// A control that changes nothing is off.
+const off = (label, unused) => (label.querySelector("input, select").disabled = unused);
+
+// The round number above: 1, 2 or 5 times a power of ten.
+const roundUp = (value) => {
+  const power = 10 ** Math.floor(Math.log10(value));
+  return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= value * (1 - 1e-9));
+};
+
+// Three digits, as Python's .3g writes them where numbers are not tiny.
+const significant = (value, digits = 3) => {
+  const short = +value.toPrecision(digits);
+  return short && (Math.abs(short) < 1e-4 || Math.abs(short) >= 10 ** digits) ? short.toExponential() : String(short);
+};
+
+const title = (words) => {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", "title");
+  made.textContent = words;
+  return made;
+};
+
+// Numbers from base64 of little-endian float32.
+const floats = (base64) => new Float32Array(Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)).buffer);
+
+// `draw` once a frame, however often it is asked for.
+const onceAFrame = (draw) => {
+  let queued = false;
+  return () => {
+    if (queued) return;
+    queued = true;
+    requestAnimationFrame(() => ((queued = false), draw()));
+  };
 };
 
 const change = (model, values) => {

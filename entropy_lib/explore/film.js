@@ -101,12 +101,7 @@ function render({ model, el }) {
       words.textContent += ` · ${run.name}, layer ${layer}, head ${head}: ${nats(byte)} nats of ${ceiling.toFixed(2)}`;
     }
   };
-  let queued = false;
-  const queue = () => {
-    if (queued) return;
-    queued = true;
-    requestAnimationFrame(() => ((queued = false), draw()));
-  };
+  const queue = onceAFrame(draw);
 
   const stop = () => (cancelAnimationFrame(timer), (timer = undefined), (play.textContent = "▶ play"));
   const frameOf = (now) => {

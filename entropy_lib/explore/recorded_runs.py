@@ -51,10 +51,11 @@ def label(record: RunRecord) -> str:
     """A run's name in a list: variant, seed, tokens, how it ended if badly, and its folder in data/runs or size."""
     words = f"{record.variant}, seed {record.seed}, {record.tokens / 1e6:.3g}M tokens"
     words += ", collapsed" * (record.status == "collapsed")
-    return f"{words} ({_folder(record)})"
+    return f"{words} ({folder_of(record)})"
 
 
-def _folder(record: RunRecord) -> str:
+def folder_of(record: RunRecord) -> str:
+    """Where a record is, in data/runs, or its size and corpus."""
     inside = record.path is not None and RUNS in record.path.parents
     return record.path.parent.relative_to(RUNS).as_posix() if inside else f"{record.size}, {record.corpus}"
 
@@ -93,7 +94,7 @@ class RunExplorer(Explorer):
     def __init__(self, records: Sequence[RunRecord]):
         self._records, self._shown = list(records), {}
         names = [(label(record), index) for index, record in enumerate(self._records)]
-        folders = list(dict.fromkeys(_folder(record) for record in self._records))
+        folders = list(dict.fromkeys(folder_of(record) for record in self._records))
         left, right = _story(self._records)
         play = widgets.Play(value=0, min=0, max=1, interval=400)
         play.add_class("entropy-play")
@@ -151,7 +152,7 @@ class RunExplorer(Explorer):
         self.say("<br>".join(words))
 
     def _choose_from(self, folder: str | None) -> None:
-        chosen = [i for i, record in enumerate(self._records) if folder in (None, _folder(record))]
+        chosen = [i for i, record in enumerate(self._records) if folder in (None, folder_of(record))]
         for side, place in zip(SIDES, _story([self._records[i] for i in chosen]), strict=True):
             self.controls[side].options = [(label(self._records[i]), i) for i in chosen]
             self.controls[side].value = chosen[place]

@@ -150,12 +150,7 @@ function render({ model, el }) {
         choice(model, "per", "per", { head: "head (Algorithm 1)", query: "query (published code)" })),
       words, svg),
   );
-  let queued = false; // one redraw a frame, however many values changed
-  const queue = () => {
-    if (queued) return;
-    queued = true;
-    requestAnimationFrame(() => ((queued = false), draw()));
-  };
+  const queue = onceAFrame(draw);
   for (const name of NAMES) model.on(`change:${name}`, queue);
   draw();
   return () => cancelAnimationFrame(timer);

@@ -10,7 +10,6 @@ from window import MARKS, Window
 from entropy_lib import (
     VARIANTS,
     EntropyGPT2Config,
-    EntropyRegularization,
     attention_entropy,
     diagnose,
     entropy_bands,
@@ -55,46 +54,6 @@ def test_every_slider_has_the_name_that_is_beside_it(page, name):
     assert len(labels) == root.locator(".noUi-handle").count() > 0
     for text in labels:
         assert root.get_by_role("slider", name=text, exact=True).count() == 1
-
-
-def heads_by_place(traces):
-    """x and y of the heads in these traces, in the order of layers and heads."""
-    found = [(*place, x, y) for t in traces for place, x, y in zip(t["customdata"], t["x"], t["y"], strict=True)]
-    return np.array(sorted(found))[:, 2:].T
-
-
-def test_penalty(page, records):
-    window = Window(page, "penalty")
-    record = records[2]
-    window.choose("run", label(record))
-    window.press("theta", "ArrowRight", 5)
-    window.press("lambda", "ArrowRight", 3)
-    window.drag("gamma", 0.3)
-    theta, gamma, context = (window.readout(name) for name in ("theta", "gamma", "T"))
-    assert theta == pytest.approx(0.55)
-    assert gamma == pytest.approx(0.15, abs=0.02)
-    weight = 10 ** (round(math.log10(records[0].recipe["loss_coeff"]), 1) + 0.3)
-    regularization = EntropyRegularization(weight, gamma, context_size=int(context), reduction="mean", per="head")
-
-    def penalty_and_slope(nats):
-        entropy = torch.tensor(nats, dtype=torch.float64, requires_grad=True)
-        loss = regularization([entropy.expand(1, 1, record.context_length)], torch.tensor([theta], dtype=torch.float64))
-        return loss.item(), torch.autograd.grad(loss, entropy)[0].item()
-
-    heatmap, _, _, curve, *dots = window.traces()
-    np.testing.assert_allclose(heatmap["z"], record.entropy)
-    (x, y), (_, slopes) = (heads_by_place(dots[start : start + 3]) for start in (0, 4))
-    heads = np.ravel(record.entropy)
-    penalties, gradients = np.array([penalty_and_slope(nats) for nats in heads]).T
-    np.testing.assert_allclose(x, heads)
-    np.testing.assert_allclose(y, penalties, rtol=1e-6, atol=1e-12)
-    np.testing.assert_allclose(slopes, gradients / len(heads), rtol=1e-6, atol=1e-12)
-    expected = [penalty_and_slope(nats)[0] for nats in curve["x"][::10]]
-    np.testing.assert_allclose(curve["y"][::10], expected, rtol=1e-6, atol=1e-12)
-    assert max(penalties) > 0
-    ceiling = math.log(context)
-    inside = sum(abs(nats - theta * ceiling) <= gamma * ceiling for nats in heads)
-    assert f"{inside} inside" in window.status()
 
 
 def test_temperature(page):

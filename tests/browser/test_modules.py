@@ -8,7 +8,8 @@ import torch
 from window import OUTPUT
 
 from entropy_lib.clone import CLONE
-from entropy_lib.explore import collapse_film, tug_of_war
+from entropy_lib.explore import collapse_film, penalty_explorer, tug_of_war
+from entropy_lib.explore.recorded_runs import recorded
 from entropy_lib.training.records import load_runs
 
 FRAME = 33  # ms from an input event to the frame after it: two frames, since machines of a CI are shared
@@ -67,6 +68,75 @@ def test_the_module_computes_what_the_library_does(open_html):
         stepped = torch.tensor(after["logits"], dtype=torch.float64)
         torch.testing.assert_close(stepped, torch.tensor(head.logits, dtype=torch.float64), rtol=0, atol=1e-6)
         assert after["theta"] == pytest.approx(head.theta, abs=1e-9)
+
+
+RULES = {  # what the traits of the penalty explorer may be; t stands for a share of their span
+    "theta": lambda t: t, "gamma": lambda t: 0.4 * t, "weight": lambda t: 10 ** (-6 * t),
+    "context": lambda t: int(8 + 900 * t), "ceiling": lambda t: "causal" if t > 0.5 else "context",
+    "per": lambda t: "query" if t > 0.5 else "head", "reduction": lambda t: "sum" if t > 0.5 else "mean",
+    "own": lambda t: t > 0.5,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def penalty():
+    """A run that learned thresholds, one that did not, and one whose layers differ in softmax heads."""
+    records = {record.variant: record for record in recorded(None)}
+    wanted = ("EReg(SM(t)+ScFuFFN)", "SM+ScFuFFN", "SM(0,0,1)+LN(a)+R+V", "EReg(SM(3)+LN(a)+R+V)")
+    return penalty_explorer([records[name] for name in wanted])
+
+
+def test_the_penalty_module_computes_what_the_library_does(open_html, penalty):
+    page, generator = open_html(penalty), torch.Generator().manual_seed(0)
+    for case in range(40):
+        penalty.run = case % len(penalty.runs)
+        for name, value in zip(RULES, torch.rand(len(RULES), generator=generator).tolist(), strict=True):
+            setattr(penalty, name, RULES[name](value))
+        rules = {name: getattr(penalty, name) for name in RULES}
+        found = page.evaluate(
+            """async ([source, rules, run]) => {
+                const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+                return module.penalties(rules, run);
+            }""",
+            [str(penalty._esm), rules, penalty.runs[penalty.run]],
+        )
+        assert found["total"] == pytest.approx(penalty.loss(), rel=1e-5, abs=1e-9)
+        heads = penalty.heads()
+        for name, ours in (("E", "entropy"), ("penalty", "penalty"), ("slope", "gradient"), ("state", "state")):
+            numbers = torch.tensor([head[name] for head in found["heads"]], dtype=torch.float64)
+            torch.testing.assert_close(numbers, heads[ours].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_penalty_explorer_moves_without_a_kernel(open_html):
+    explorer = penalty_explorer([r for r in recorded(None) if r.variant.startswith("EReg")][:2])
+    page = open_html(explorer)
+    says = lambda: page.locator(".entropy-status", has_text=explorer.words()).wait_for()  # noqa: E731
+    says()
+    page.locator(".entropy-theta").focus()
+    for _ in range(7):
+        page.keyboard.press("ArrowRight")
+    explorer.theta = 0.57
+    says()
+    page.locator(".entropy-run").select_option("1")
+    explorer.run = 1
+    says()
+    assert page.locator(".entropy-reduction").is_disabled()
+    page.locator(".entropy-per").select_option("query")
+    page.locator(".entropy-reduction").select_option("sum")
+    page.locator(".entropy-ceiling").select_option("causal")
+    explorer.per, explorer.reduction, explorer.ceiling = "query", "sum", "causal"
+    says()
+    assert page.locator(".entropy-context").is_disabled()
+    page.locator(".entropy-own").check()
+    explorer.own = True
+    says()
+    assert page.locator(".entropy-theta").is_disabled()
+    page.locator(".entropy-weight").focus()
+    page.keyboard.press("Home")
+    explorer.weight = 1e-7
+    says()
+    assert page.locator("circle").count() == 2 * 144
+    assert page.errors == []
 
 
 def test_the_tug_of_war_moves_without_a_kernel(open_html):
@@ -140,10 +210,10 @@ def test_the_film_shows_the_record_s_numbers(open_html, film):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["tug_of_war", "film"])
+@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty"])
 def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
     film.step = 200
-    page = open_html({"tug_of_war": tug_of_war(), "film": film}[name])
+    page = open_html({"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer}[name]())
     if scheme == "dark":
         page.evaluate("document.body.style = 'background: #111111; color: #EEEEEE'")
     for width in WIDTHS:
@@ -156,7 +226,12 @@ def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
 
 def test_a_frame_follows_the_hand(open_html, film):
     latencies = {}
-    for name, explorer, control in (("tug_of_war", tug_of_war(), "theta"), ("film", film, "step")):
+    explorers = {
+        "tug_of_war": (tug_of_war(), "theta"),
+        "film": (film, "step"),
+        "penalty": (penalty_explorer(), "theta"),
+    }
+    for name, (explorer, control) in explorers.items():
         page = open_html(explorer)
         page.evaluate(
             """() => {

@@ -5,7 +5,7 @@ from conftest import prepare
 from window import MARKS, Window
 
 MOVES = {
-    "penalty": "theta", "temperature": "t", "runs": "step", "playground": None, "cost": "layers",
+    "temperature": "t", "runs": "step", "playground": None, "cost": "layers",
     "inspector": "position",
 }  # fmt: skip
 

@@ -1,0 +1,198 @@
+// The entropy penalty on the heads of recorded runs: which it would push, which way, and how hard.
+// What one head of mean entropy E adds to the loss under threshold theta, and d(that)/dE, as EntropyRegularization has
+// it. Rows are at one share of what each can reach: E_i = E · log(i+1) / mean log(i+1).
+export const alone = (rules, length, E, theta) => {
+  const { weight, gamma, context, ceiling, per, reduction } = rules, reach = reaches(length);
+  const edge = (i) => (ceiling === "causal" ? reach.rows[i] : Math.log(context));
+  if (per === "head") {
+    const top = ceiling === "causal" ? reach.mean : Math.log(context), deviation = E - theta * top;
+    const outside = Math.abs(deviation) > gamma * top ? deviation : 0;
+    return [weight * outside ** 2, 2 * weight * outside];
+  }
+  let penalty = 0, slope = 0;
+  for (let i = 0; i < length; i++) {
+    const share = reach.rows[i] / reach.mean, deviation = E * share - theta * edge(i);
+    if (Math.abs(deviation) > gamma * edge(i)) (penalty += deviation ** 2), (slope += 2 * deviation * share);
+  }
+  const of = weight / (reduction === "sum" ? 1 : length);
+  return [of * penalty, of * slope];
+};
+
+const known = {};
+const reaches = (length) => {
+  if (known[length]) return known[length];
+  const rows = Array.from({ length }, (_, i) => Math.log(i + 1));
+  return (known[length] = { rows, mean: rows.reduce((a, b) => a + b, 0) / length });
+};
+
+// Of a run: heads with a softmax as { layer, head, E, theta (its own, NaN where none was learned) }.
+export const headsOf = (run) => {
+  const E = floats(run.entropy), thetas = run.thresholds ? floats(run.thresholds) : undefined;
+  const all = Array.from(E, (value, k) => ({ layer: Math.floor(k / run.heads), head: k % run.heads, E: value,
+                                             theta: thetas?.[k] }));
+  return all.filter(({ E }) => !Number.isNaN(E));
+};
+
+// Everything that is shown of a run: of each head penalty, slope (the loss is the mean over all heads) and state (0
+// below its band, 1 inside, 2 above), and the whole loss: the mean over layers of the mean over their heads.
+export const penalties = (rules, run, heads = headsOf(run)) => {
+  const top = rules.ceiling === "causal" ? reaches(run.context_length).mean : Math.log(rules.context);
+  const layers = {}, own = rules.own && run.thresholds;
+  const shown = heads.map(({ layer, head, E, theta: learned }) => {
+    const theta = own ? learned : rules.theta, deviation = E - theta * top;
+    const [penalty, slope] = alone(rules, run.context_length, E, theta);
+    (layers[layer] ??= []).push(penalty);
+    const state = deviation > rules.gamma * top ? 2 : deviation < -rules.gamma * top ? 0 : 1;
+    return { layer, head, E, theta, deviation, penalty, slope: slope / heads.length, state };
+  });
+  const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+  return { heads: shown, total: mean(Object.values(layers).map(mean)), top, own: Boolean(own) };
+};
+
+const RULES = ["theta", "gamma", "weight", "context", "ceiling", "per", "reduction", "own"], POINTS = 161;
+const WIDTH = 900, HEIGHT = 400, MAP = { x: 40, y: 30, size: 300 }, X = [440, 890];
+const PANELS = [{ top: 30, bottom: 180 }, { top: 215, bottom: 350 }];
+const COLORS = [COLLAPSE, HEALTHY, OVERLOAD], MARKS = ["▼", "", "▲"], WORDS = ["below", "inside", "above"];
+
+function render({ model, el }) {
+  const runs = model.get("runs"), colors = model.get("colors");
+  const rules = () => Object.fromEntries(RULES.map((name) => [name, model.get(name)]));
+  let run, heads, cells, dots;
+  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": "map of heads, penalty, slope" });
+  const text = (x, y, words, more = {}, to = svg) => to.appendChild(make("text", { x, y, ...more }, words));
+  const BOLD = { style: "font-weight: 600" };
+  const heading = text(MAP.x, 18, "", BOLD);
+  const names = ["penalty λδ² (nats)", "d loss / dE (nats per nat)"].map((name, k) => text(X[0], PANELS[k].top - 12, name, BOLD));
+  const bands = [0, 2].map((state) => svg.appendChild(make("rect", {
+    y: PANELS[0].top, height: PANELS[1].bottom - PANELS[0].top, fill: COLORS[state], opacity: 0.13 })));
+  const middle = svg.appendChild(make("line", { y1: PANELS[0].top, y2: PANELS[1].bottom, stroke: "currentColor", "stroke-dasharray": "4 4" }));
+  const theta = text(0, PANELS[0].top + 12, "θ");
+  const uniform = [svg.appendChild(make("line", { y1: PANELS[0].top, y2: PANELS[1].bottom, class: "grid" })), text(0, PANELS[0].top - 12, "uniform", { "text-anchor": "middle" })];
+  const places = [0, 2].map((state) => text(0, PANELS[1].bottom - 8, state ? "overload" : "collapse",
+    { "text-anchor": "middle", style: `fill: ${COLORS[state]}; font-weight: 600` }));
+  const curves = PANELS.map(() => svg.appendChild(make("path", { fill: "none", stroke: "currentColor", "stroke-width": 1.5 })));
+  const zeros = PANELS.map(() => svg.appendChild(make("line", { x1: X[0], x2: X[1], class: "grid" })));
+  const scales = PANELS.map(() => [0, 1].map(() => text(X[0] - 8, 0, "", { "text-anchor": "end" })));
+  const ticks = Array.from({ length: 7 }, () => text(0, PANELS[1].bottom + 18, "", { "text-anchor": "middle" }));
+  const below = text((X[0] + X[1]) / 2, HEIGHT - 10, "", { "text-anchor": "middle" });
+  const grid = svg.appendChild(make("g")), cloud = svg.appendChild(make("g"));
+  const words = make("div", { role: "status", "aria-live": "polite", class: "entropy-status" });
+
+  const load = () => {
+    run = runs[model.get("run")];
+    heads = headsOf(run);
+    const w = MAP.size / run.heads, h = MAP.size / run.layers, most = Math.log(run.context_length);
+    grid.replaceChildren();
+    cloud.replaceChildren();
+    const every = run.layers > 8 ? 2 : 1;
+    for (let layer = 0; layer < run.layers; layer += every) text(MAP.x - 6, MAP.y + (layer + 0.5) * h + 4, layer, { "text-anchor": "end" }, grid);
+    for (let head = 0; head < run.heads; head += run.heads > 8 ? 2 : 1) text(MAP.x + (head + 0.5) * w, MAP.y + MAP.size + 16, head, { "text-anchor": "middle" }, grid);
+    text(MAP.x + MAP.size / 2, MAP.y + MAP.size + 34, "head", { "text-anchor": "middle" }, grid);
+    text(0, MAP.y - 6, "layer", {}, grid);
+    cells = heads.map(({ layer, head, E }) => {
+      const box = { x: MAP.x + head * w + 1, y: MAP.y + layer * h + 1, width: w - 2, height: h - 2 };
+      const cell = grid.appendChild(make("rect", { ...box, fill: colors[Math.round((Math.min(E, most) / most) * (colors.length - 1))] }));
+      cell.append(title(`layer ${layer}, head ${head}: ${E.toFixed(2)} nats`));
+      const mark = text(box.x + box.width / 2, box.y + box.height / 2 + 5, "", { "text-anchor": "middle", class: "entropy-mark" }, grid);
+      return mark;
+    });
+    dots = heads.map(({ layer, head, E }) => PANELS.map(() => {
+      const dot = cloud.appendChild(make("circle", { r: 4 }));
+      dot.append(title(`layer ${layer}, head ${head}: ${E.toFixed(2)} nats`));
+      return dot;
+    }));
+    heading.textContent = `entropy of every head, 0 to ${most.toFixed(2)} nats`;
+    off(ownTheta, !run.thresholds);
+  };
+
+  const draw = () => {
+    const now = rules(), found = penalties(now, run, heads), reach = reaches(run.context_length).mean;
+    off(context, now.ceiling === "causal");
+    off(reduction, now.per === "head");
+    off(shared, found.own);
+    const nats = found.own ? "deviation" : "E", margin = now.gamma * found.top, at = found.own ? 0 : now.theta * found.top;
+    const ends = found.own ? [-Math.max(...found.heads.map((h) => Math.abs(h.deviation)), margin) * 1.05] : [0];
+    ends.push(found.own ? -ends[0] : Math.max(found.top, reach) * 1.02);
+    const x = (value) => X[0] + ((value - ends[0]) / (ends[1] - ends[0])) * (X[1] - X[0]);
+    const clip = (value) => Math.min(ends[1], Math.max(ends[0], value));
+    const low = clip(at - margin), high = clip(at + margin);
+    set(bands[0], { x: X[0], width: x(low) - X[0] });
+    set(bands[1], { x: x(high), width: X[1] - x(high) });
+    set(middle, { x1: x(at), x2: x(at) });
+    set(theta, { x: x(at) + 5 });
+    theta.textContent = found.own ? "own θ" : "θ";
+    const most = { x: x(reach), x1: x(reach), x2: x(reach), visibility: found.own ? "hidden" : "visible" };
+    for (const part of uniform) set(part, most);
+    for (const [k, [from, to]] of [[ends[0], low], [high, ends[1]]].entries()) {
+      set(places[k], { x: x((from + to) / 2), visibility: to - from > 0.14 * (ends[1] - ends[0]) ? "visible" : "hidden" });
+    }
+    // Of own thresholds a curve over the deviation exists where a head pays for its mean alone.
+    const curve = found.own && now.per === "query" ? [] : grid1(found.own ? ends[0] : 0, found.own ? ends[1] : reach, at - margin, at + margin)
+      .map((value) => {
+        const [penalty, slope] = alone(now, run.context_length, found.own ? value + found.top : value, found.own ? 1 : now.theta);
+        return [value, [penalty, slope / heads.length]];
+      });
+    PANELS.forEach(({ top, bottom }, k) => {
+      const values = found.heads.map((h) => (k ? h.slope : h.penalty));
+      const all = [...values, ...curve.map(([, pair]) => pair[k])];
+      const most = roundUp(Math.max(1e-12, ...all.map(Math.abs)));
+      const y = (value) => (k ? (top + bottom) / 2 - (value / most) * ((bottom - top) / 2) : bottom - (value / most) * (bottom - top));
+      set(zeros[k], { y1: y(0), y2: y(0) });
+      set(scales[k][0], { y: y(0) + 4 }).textContent = "0";
+      set(scales[k][1], { y: y(most) + 4 }).textContent = most >= 0.01 ? String(+most.toPrecision(1)) : most.toExponential(0);
+      const path = curve.map(([value, pair], i) => `${i ? "L" : "M"}${x(value).toFixed(1)} ${y(pair[k]).toFixed(1)}`);
+      set(curves[k], { d: path.join("") });
+      found.heads.forEach((h, i) => set(dots[i][k], { cx: x(h[nats]).toFixed(1), cy: y(values[i]).toFixed(1), fill: COLORS[h.state] }));
+    });
+    found.heads.forEach((h, i) => cells[i].textContent !== MARKS[h.state] && (cells[i].textContent = MARKS[h.state]));
+    const span = ends[1] - ends[0], every = [0.1, 0.2, 0.5, 1, 2].find((n) => span / n <= 6) ?? 5;
+    ticks.forEach((tick, k) => {
+      const value = Math.ceil(ends[0] / every) * every + k * every;
+      set(tick, { x: x(value), visibility: value <= ends[1] ? "visible" : "hidden" }).textContent = +value.toFixed(1);
+    });
+    below.textContent = found.own ? "entropy minus the head's own θ·E_max (nats)" : "mean entropy of the head (nats)";
+    const count = [0, 1, 2].map((state) => found.heads.filter((h) => h.state === state).length);
+    words.textContent = `${WORDS.map((word, k) => `${count[k]} ${word}`).join(" · ")} · penalty ${significant(found.total)}`;
+    if (run.eval_loss) words.textContent += `, ${significant((100 * found.total) / run.eval_loss, 2)}% of this run’s loss of ${significant(run.eval_loss)}`;
+    words.textContent += " nats";
+  };
+  const grid1 = (from, to, ...edges) => {
+    const points = Array.from({ length: POINTS }, (_, k) => from + ((to - from) * k) / (POINTS - 1));
+    for (const edge of edges) for (const nudge of [-1e-9, 1e-9]) if (edge > from && edge < to) points.push(edge + nudge);
+    return points.sort((a, b) => a - b);
+  };
+
+  const groups = {};
+  const list = make("select", { "aria-label": "recorded run", class: "entropy-run" });
+  runs.forEach(({ group, name }, index) => {
+    groups[group] ??= list.appendChild(make("optgroup", { label: group }));
+    groups[group].append(make("option", { value: index }, name));
+  });
+  const follow = () => ((list.value = model.get("run")), load());
+  list.addEventListener("change", () => change(model, { run: Number(list.value) }));
+  const shared = range(model, "theta", "threshold θ", 0, 1, 0.01);
+  const context = range(model, "context", "context length T", 8, Math.max(1024, ...runs.map((r) => r.context_length)), 8, String);
+  const reduction = choice(model, "reduction", "reduction", { mean: "mean", sum: "sum" });
+  const ownTheta = check(model, "own", "each head at its own learned θ");
+  el.replaceChildren(
+    make("style", {}, STYLE + MARK),
+    module(
+      make("div", { class: "controls" }, ...(runs.length > 1 ? [make("label", {}, "recorded run", list)] : []),
+        shared, range(model, "gamma", "margin γ", 0, 0.5, 0.01),
+        range(model, "weight", "weight λ", 1e-7, 1, 0.1, (value) => value.toExponential(1), true), context,
+        choice(model, "ceiling", "ceiling", { context: "log T (paper)", causal: "log of seen keys" }),
+        choice(model, "per", "per", { head: "head (Algorithm 1)", query: "query (published code)" }), reduction, ownTheta),
+      words, svg),
+  );
+  const queue = onceAFrame(draw);
+  model.on("change:run", () => (follow(), queue()));
+  for (const name of RULES) model.on(`change:${name}`, queue);
+  follow();
+  draw();
+}
+
+const MARK = `
+.entropy-module svg text.entropy-mark { fill: white; stroke: black; stroke-width: 2px; paint-order: stroke; font-size: 11px; pointer-events: none }
+.entropy-module select.entropy-run { max-width: 460px }`;
+
+export default { render };
