@@ -213,7 +213,7 @@ def runner_main():
 def test_notebook_00_has_no_parameter_that_could_contradict_its_records(tmp_path, capsys):
     arguments = ["00_start_here", "-p", "context_length", "64", "--output", str(tmp_path / "out")]
     assert runner_main()(arguments) == 2
-    assert "00_start_here.ipynb has no parameter context_length; it has runs, every_step" in capsys.readouterr().err
+    assert "00_start_here.ipynb has no parameter context_length; it has every_step, runs" in capsys.readouterr().err
 
 
 def test_runner_passes_typed_parameters_and_writes_nothing_but_its_notebooks(tmp_path):

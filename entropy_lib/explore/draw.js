@@ -24,8 +24,14 @@ const make = (tag, attributes = {}, ...children) => {
   return made;
 };
 
+// What stands already is not set again: a page of 300 marks would spend half a frame on it.
+const written = new WeakMap();
 const set = (element, attributes) => {
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  if (!written.has(element)) written.set(element, {});
+  const before = written.get(element);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (before[name] !== value) element.setAttribute(name, (before[name] = value));
+  }
   return element;
 };
 
@@ -85,10 +91,11 @@ const roundUp = (value) => {
   return [1, 2, 5, 10].map((n) => n * power).find((n) => n >= value * (1 - 1e-9));
 };
 
-// Three digits, as Python's .3g writes them where numbers are not tiny.
+// A number as Python's format(value, ".3g") writes it.
 const significant = (value, digits = 3) => {
   const short = +value.toPrecision(digits);
-  return short && (Math.abs(short) < 1e-4 || Math.abs(short) >= 10 ** digits) ? short.toExponential() : String(short);
+  const plain = !short || (Math.abs(short) >= 1e-4 && Math.abs(short) < 10 ** digits);
+  return plain ? String(short) : short.toExponential().replace(/(e[+-])(\d)$/, "$10$2");
 };
 
 const title = (words) => {

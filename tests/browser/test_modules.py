@@ -257,7 +257,7 @@ def test_in_jupyterlab_python_and_the_page_see_one_state(page):
         await lab.app.commands.execute("notebook:run-cell");
     }"""
     page.evaluate(run, "from entropy_lib.explore import tug_of_war; toy = tug_of_war(); toy")
-    toy = page.locator(".jp-OutputArea-output .entropy-module")
+    toy = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-rate)")
     toy.wait_for()
     page.evaluate("lab.kernel().requestExecute({ code: 'toy.theta = 0.31' }).done")
     toy.locator("output", has_text="0.31").wait_for()
