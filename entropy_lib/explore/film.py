@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import base64
+import io
 import math
+import re
+from bisect import bisect_right
 from collections.abc import Iterable
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from plotly.colors import sample_colorscale
 from traitlets import Dict, Float, Int, List, Unicode
 
-from entropy_lib.explore.figures import PALETTE, VARIANT_COLORS, entropy_heatmaps
+from entropy_lib.explore.figures import INK, OVERLOAD, PALETTE, VARIANT_COLORS, entropy_heatmaps
 from entropy_lib.explore.module import ModuleExplorer, module_source
 from entropy_lib.training.records import RunRecord
 
@@ -79,6 +83,35 @@ class CollapseFilm(ModuleExplorer):
             at = max(record.history["step"].searchsorted(min(self.step, self.last_step), side="right") - 1, 0)
             maps[record.variant] = torch.tensor(np.stack(record.history["entropy"].iloc[at]))
         return maps
+
+    def animation(self, every: int = 3, fps: int = 15) -> bytes:
+        """The maps of every `every`-th step as an animated WebP, for where nothing runs (a GIF is six times larger)."""
+        cell, gap, top = 11, 14, 42
+        size = [max(run[name] for run in self.runs) * cell for name in ("heads", "layers")]
+        colors = np.array([re.findall(r"\d+", color) for color in self.colors], dtype=np.uint8)
+        frames, font = [], ImageFont.load_default(12)
+        for step in [*range(1, self.last_step, every), *[self.last_step] * (2 * fps)]:
+            frame = Image.new("RGB", (gap + len(self.runs) * (size[0] + gap), top + size[1] + 24), "white")
+            pen = ImageDraw.Draw(frame)
+            pen.text((gap, 4), f"step {step}", INK, ImageFont.load_default(13))
+            for place, run in enumerate(self.runs):
+                x = gap + place * (size[0] + gap)
+                at = max(bisect_right(run["steps"], step) - 1, 0)
+                shape = len(run["steps"]), run["layers"], run["heads"]
+                levels = np.frombuffer(base64.b64decode(run["entropy"]), np.uint8).reshape(shape)[at]
+                grid = Image.fromarray(colors[levels])
+                frame.paste(
+                    grid.resize((run["heads"] * cell, run["layers"] * cell), Image.Resampling.NEAREST), (x, top)
+                )
+                broke, loss = run["broke"], run["loss"][at]
+                words = f"broke at step {broke}" if broke and step >= broke else f"loss {loss:.3g}"
+                pen.text((x, top - 18), run["name"], INK, font)
+                pen.text((x, top + size[1] + 4), words, OVERLOAD if words.startswith("broke") else INK, font)
+            frames.append(frame)
+        file = io.BytesIO()
+        options = {"duration": 1000 // fps, "loop": 0, "lossless": True, "quality": 100, "method": 6}
+        frames[0].save(file, "webp", save_all=True, append_images=frames[1:], **options)
+        return file.getvalue()
 
     def still(self):
         """The maps at the step that is shown, as a figure."""

@@ -1,12 +1,15 @@
 """The collapse film: what it hands to the page is what the records say."""
 
 import base64
+import io
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("anywidget")
 from entropy_lib.clone import CLONE
@@ -41,6 +44,19 @@ def test_two_of_five_break_and_stay_as_they_were():
     film.step = 1
     assert film.entropies()["SM"].mean() > 3.8  # at the start all are wide
     assert "at step 1<" in film.still().layout.title.text
+
+
+def test_the_animation_shows_the_maps_step_by_step():
+    film = collapse_film([RECORDS["SM"], RECORDS["SM+LN+G"]], last_step=306)
+    picture = Image.open(io.BytesIO(film.animation(every=50, fps=2)))
+    assert picture.format == "WEBP"
+    picture.seek(2)  # step 101
+    film.step, cell = 101, np.array(picture.convert("RGB"))[42 + 5 :: 11][:12]  # the middle of every row of cells
+    for place, entropies in enumerate(film.entropies().values()):
+        middles = cell[:, 14 + place * (132 + 14) + 5 :: 11][:, :12]
+        levels = np.rint(entropies.numpy() / film.ceiling * 255).astype(int)
+        expected = [[[int(n) for n in re.findall(r"\d+", film.colors[level])] for level in row] for row in levels]
+        np.testing.assert_array_equal(middles, expected)
 
 
 def test_runs_that_do_not_belong_together_are_refused():
