@@ -126,12 +126,14 @@ function render({ model, el }) {
     for (const [k, [from, to]] of [[ends[0], low], [high, ends[1]]].entries()) {
       set(places[k], { x: x((from + to) / 2), visibility: to - from > 0.14 * (ends[1] - ends[0]) ? "visible" : "hidden" });
     }
-    // Of own thresholds a curve over the deviation exists where a head pays for its mean alone.
-    const curve = found.own && now.per === "query" ? [] : grid1(found.own ? ends[0] : 0, found.own ? ends[1] : reach, at - margin, at + margin)
-      .map((value) => {
-        const [penalty, slope] = alone(now, run.context_length, found.own ? value + found.top : value, found.own ? 1 : now.theta);
-        return [value, [penalty, slope / heads.length]];
-      });
+    // Over the distance from own thresholds there is one curve only where a head pays for its mean alone.
+    const [from, to] = found.own ? ends : [0, reach];
+    const points = found.own && now.per === "query" ? [] : along(from, to, at - margin, at + margin);
+    const curve = points.map((value) => {
+      const [E, theta] = found.own ? [value + found.top, 1] : [value, now.theta];
+      const [penalty, slope] = alone(now, run.context_length, E, theta);
+      return [value, [penalty, slope / heads.length]];
+    });
     PANELS.forEach(({ top, bottom }, k) => {
       const values = found.heads.map((h) => (k ? h.slope : h.penalty));
       const all = [...values, ...curve.map(([, pair]) => pair[k])];
@@ -156,7 +158,7 @@ function render({ model, el }) {
     if (run.eval_loss) words.textContent += `, ${significant((100 * found.total) / run.eval_loss, 2)}% of this run’s loss of ${significant(run.eval_loss)}`;
     words.textContent += " nats";
   };
-  const grid1 = (from, to, ...edges) => {
+  const along = (from, to, ...edges) => {
     const points = Array.from({ length: POINTS }, (_, k) => from + ((to - from) * k) / (POINTS - 1));
     for (const edge of edges) for (const nudge of [-1e-9, 1e-9]) if (edge > from && edge < to) points.push(edge + nudge);
     return points.sort((a, b) => a - b);
