@@ -37,12 +37,14 @@ def load_anew(page, attempts: int = 6, seconds: float = 10):
     On a busy machine JupyterLab asks the kernel for its widgets too early and finds none: in two of seven reloads
     beside a process that kept a core busy.
     """
-    drawn = page.locator(".entropy-explorer .main-svg")
+    explorers = page.locator(".entropy-explorer")
     for _ in range(attempts):
         page.reload(wait_until="domcontentloaded")
         prepare(page)
         for _ in range(round(10 * seconds)):
-            if drawn.count():
+            if explorers.count():
+                explorers.first.scroll_into_view_if_needed()  # out of sight figures are not drawn
+            if explorers.locator(".main-svg").count():
                 return
             page.wait_for_timeout(100)
         page.errors[:] = [error for error in page.errors if "widget model not found" not in error]
