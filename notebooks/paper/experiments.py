@@ -106,7 +106,7 @@ def _head_choice() -> tuple[Run, ...]:
         return ()
     record = RunRecord.load(ranked)
     names = {variant_name(heads_by_layer(record, rule, count)) for count in COUNTS for rule in RULES}
-    return _runs("head_choice/chosen", sorted(names), SHORT)
+    return _runs("head_choice/chosen", sorted(names), SHORT, seeds=(0, 1))
 
 
 # Starts, batches and warm-up (306 steps) are those of the first rows of Tables 2 and 3 (305 steps).
@@ -234,7 +234,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         ("head_choice_ranked", "SM+LN+G whose heads are ranked by entropy and input dependence, 66M tokens", _RANKED),
         (
             "head_choice",
-            "4, 12 and 36 softmax heads where those rankings put them, or at random; 66M tokens, one seed",
+            "4, 12 and 36 softmax heads where those rankings put them, or at random; 66M tokens, two seeds",
             _head_choice,
         ),
         (
