@@ -63,4 +63,4 @@ def test_the_experiment_lists_its_runs_once_the_ranking_is_on_record(tmp_path, m
     asked = experiments.expand(experiments.parser().parse_args(["head_choice"]))  # by the command that trains them
     assert {run.variant for runs in asked.values() for run in runs} == names
     (one,) = experiments.expand(experiments.parser().parse_args(["head_choice", "--only", min(names)])).values()
-    assert [run.variant for run in one] == [min(names)]
+    assert [(run.variant, run.seed) for run in one] == [(min(names), 0), (min(names), 1)]
