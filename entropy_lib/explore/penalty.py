@@ -15,7 +15,7 @@ from traitlets import Bool, Dict, Enum, Float, Int, List, TraitError, Unicode, v
 from entropy_lib.entropy import head_entropies, max_entropy
 from entropy_lib.explore.figures import COLLAPSE, HEALTHY, OVERLOAD, penalty_curve
 from entropy_lib.explore.module import ModuleExplorer, module_source
-from entropy_lib.explore.recorded_runs import folder_of, recorded
+from entropy_lib.explore.recorded_runs import folder_of, recorded, run_name
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.training.records import RunRecord
 
@@ -169,9 +169,8 @@ def learned_thresholds(record: RunRecord) -> Tensor | None:
 def _of_run(record: RunRecord) -> dict:
     """What the module needs of a run; numbers of heads as float32 in base64."""
     entropy, thresholds = head_entropies(record.entropy), learned_thresholds(record)
-    words = f"{record.variant}, seed {record.seed}, {record.tokens / 1e6:.3g}M tokens"
     return {
-        "name": words + ", collapsed" * (record.status == "collapsed"),
+        "name": run_name(record),
         "group": folder_of(record),
         "layers": entropy.shape[0],
         "heads": entropy.shape[1],

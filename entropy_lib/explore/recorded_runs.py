@@ -48,10 +48,14 @@ def _rank(record: RunRecord) -> tuple:
 
 
 def label(record: RunRecord) -> str:
-    """A run's name in a list: variant, seed, tokens, how it ended if badly, and its folder in data/runs or size."""
+    """A run's name in a list: `run_name`, and its folder in data/runs or size and corpus."""
+    return f"{run_name(record)} ({folder_of(record)})"
+
+
+def run_name(record: RunRecord) -> str:
+    """Variant, seed, tokens, and how it ended if badly."""
     words = f"{record.variant}, seed {record.seed}, {record.tokens / 1e6:.3g}M tokens"
-    words += ", collapsed" * (record.status == "collapsed")
-    return f"{words} ({folder_of(record)})"
+    return words + ", collapsed" * (record.status == "collapsed")
 
 
 def folder_of(record: RunRecord) -> str:
