@@ -78,6 +78,7 @@ def quality_against_cost(
     figure = laid_out(figure, title, 420)
     scale = 300 / (high - low + 2 * room)  # px per unit
     heights = moved_apart([loss * scale for loss in losses], gap=18)
+    bottom = min(low - room, (min(heights) - 12) / scale)  # a name that was moved down stays inside
     for (name, (cost, loss)), at in zip(points.items(), heights, strict=True):
         color = themed(VARIANT_COLORS.get(name, INK))
         dot = {"mode": "markers", "marker": {"size": 11, "color": color}, "name": name, "showlegend": False}
@@ -92,4 +93,4 @@ def quality_against_cost(
     figure.update_xaxes(title_text=x_title, range=span)
     if log_x:
         figure.update_xaxes(type="log", dtick="D2", tickformat=",")  # 1, 2, 5
-    return figure.update_yaxes(title_text=y_title, range=[low - room, high + room])
+    return figure.update_yaxes(title_text=y_title, range=[bottom, high + room])

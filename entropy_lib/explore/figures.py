@@ -29,7 +29,8 @@ IN_NATS = {"text": "nats", "side": "top", "font": {"size": 13}}  # title of a co
 # are a grey and a brown.
 # fmt: off
 VARIANT_COLORS = {
-    "R2(0,0,1)+LN(a)+R(2d)+V": "#117733", "SM(1)+LN(a)+R+V": "#44AA99", "SM(2)+LN(a)+R+V": "#AA4499",
+    "SM(3)+LN(a)+R+V": "#4477AA", "R2(0,0,1)+LN(a)+R(2d)+V": "#117733", "SM(1)+LN(a)+R+V": "#44AA99",
+    "SM(2)+LN(a)+R+V": "#AA4499",
     "SM+LN+G": "#000000", "SM+LN+R": "#332288", "SM+LN": "#56B4E9", "SM+G": "#E69F00", "SM+R": "#999933",
     "SM": "#8A9099", "SM+WNorm": "#882255", "SM+SNorm": "#8C6D46", "SM+ScFFN": "#CC79A7", "SM+ScFuFFN": "#009E73",
     "SM(t)+ScFuFFN": "#0072B2", "EReg(SM(t)+ScFuFFN)": "#D55E00",
