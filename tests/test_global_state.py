@@ -224,7 +224,7 @@ CALLS = {
     "load_corpus": lambda tmp_path, **_: read(tmp_path / "text.txt"),
     "record_entropy": lambda **_: recorded_by(MODEL_AND_TOKENIZER[0]),
     "penalty_explorer": lambda **_: explore.penalty_explorer().still(),
-    "temperature_explorer": lambda **_: explorer("temperature_explorer", "t", 10.0),
+    "temperature_explorer": lambda **_: explore.temperature_explorer().still(),
     "run_explorer": lambda **_: explorer("run_explorer", "step", 1),
     "cost_explorer": lambda **_: explorer("cost_explorer", "layers", 5),
     "attention_inspector": lambda **_: explorer("attention_inspector", "text", "a b"),

@@ -17,7 +17,7 @@ const STYLE = `
 .entropy-module .grid { stroke: currentColor; opacity: 0.18 }`;
 
 const make = (tag, attributes = {}, ...children) => {
-  const svg = /^(svg|g|path|line|rect|circle|text)$/.test(tag);
+  const svg = /^(svg|g|path|line|rect|circle|text|image)$/.test(tag);
   const made = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
   set(made, attributes);
   made.append(...children);
@@ -104,8 +104,15 @@ const title = (words) => {
   return made;
 };
 
-// Numbers from base64 of little-endian float32.
-const floats = (base64) => new Float32Array(Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)).buffer);
+// Numbers from base64 of little-endian float32, and of float16.
+const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)).buffer;
+const floats = (base64) => new Float32Array(bytes(base64));
+const halves = (base64) =>
+  Float32Array.from(new Uint16Array(bytes(base64)), (bits) => {
+    const exponent = (bits >> 10) & 31, fraction = bits & 1023, sign = bits >> 15 ? -1 : 1;
+    if (exponent === 31) return fraction ? NaN : sign * Infinity;
+    return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
+  });
 
 // `draw` once a frame, however often it is asked for.
 const onceAFrame = (draw) => {

@@ -10,13 +10,11 @@ from window import MARKS, Window
 from entropy_lib import (
     VARIANTS,
     EntropyGPT2Config,
-    attention_entropy,
     diagnose,
     entropy_bands,
     inference_cost,
     record_entropy,
 )
-from entropy_lib.explore.attention_logits import read_logits
 from entropy_lib.explore.recorded_runs import label, recorded
 from entropy_lib.explore.tiny_model import load_tiny_model
 
@@ -54,33 +52,6 @@ def test_every_slider_has_the_name_that_is_beside_it(page, name):
     assert len(labels) == root.locator(".noUi-handle").count() > 0
     for text in labels:
         assert root.get_by_role("slider", name=text, exact=True).count() == 1
-
-
-def test_temperature(page):
-    window, logits = Window(page, "temperature"), read_logits().logits
-    window.press("layer", "Home")
-    window.press("layer", "ArrowRight")
-    window.press("head", "ArrowRight", 2)
-    window.drag("t", 0.4)
-    window.press("t", "ArrowRight", 2)
-    layer, head = int(window.readout("layer")), int(window.readout("head"))
-    assert layer == 1
-    matrix, _, heads, curve, dot, slope, *_ = window.traces()
-    t = dot["x"][0]
-    assert t == pytest.approx(window.readout("t"), rel=5e-3)
-    assert t != 1
-
-    def entropy(t):
-        return attention_entropy(torch.softmax(logits[layer, head].double() / t, -1)).mean().item()
-
-    np.testing.assert_allclose(matrix["z"], torch.softmax(logits[layer, head] / t, -1), atol=1e-6)
-    assert dot["y"][0] == pytest.approx(entropy(t), abs=1e-5)
-    np.testing.assert_allclose(curve["y"], [entropy(t) for t in curve["x"]], atol=1e-5)
-    expected = attention_entropy(torch.softmax(logits.double(), -1)).mean(-1)
-    expected[layer, head] = entropy(t)
-    np.testing.assert_allclose(heads["z"], expected, atol=1e-5)
-    differences = np.gradient(curve["y"], np.log(curve["x"]))  # of dE/d(log t)
-    np.testing.assert_allclose(slope["y"][2:-2], differences[2:-2], atol=0.03 * max(slope["y"]))
 
 
 def test_runs(page, records):

@@ -3,12 +3,13 @@
 import json
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from window import OUTPUT
 
 from entropy_lib.clone import CLONE
-from entropy_lib.explore import collapse_film, penalty_explorer, tug_of_war
+from entropy_lib.explore import collapse_film, penalty_explorer, temperature_explorer, tug_of_war
 from entropy_lib.explore.recorded_runs import recorded
 from entropy_lib.training.records import load_runs
 
@@ -139,6 +140,68 @@ def test_the_penalty_explorer_moves_without_a_kernel(open_html):
     assert page.errors == []
 
 
+def test_the_temperature_module_computes_what_the_library_does(open_html):
+    generator = torch.Generator().manual_seed(0)
+    full = 3 * torch.randn(2, 3, 4, 6, generator=generator)
+    full[..., 0] = full[..., 0].masked_fill(torch.rand(2, 3, 4, generator=generator) < 0.5, -torch.inf)  # holes
+    causal = (8 * torch.randn(1, 2, 5, 5, generator=generator)).masked_fill(~torch.ones(5, 5).tril().bool(), -torch.inf)
+    page = open_html(tug_of_war())
+    for explorer in (temperature_explorer(), temperature_explorer(full), temperature_explorer(causal)):
+        t = torch.logspace(-2, 2, 9, dtype=torch.float64)
+        state = {name: getattr(explorer, name) for name in ("logits", "shape", "causal")}
+        found = page.evaluate(
+            """async ([source, state, temperatures]) => {
+                const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+                const all = module.rowsOf(state);
+                const pairs = ({ entropy, slope }) => [entropy, slope];
+                const at = (rows) => temperatures.map((t) => pairs(module.over(rows, t)));
+                const heads = all.map((layer) => layer.map(at));
+                const weights = all[0][1].map((row) => [row.keys, Array.from(module.attend(row, 0.7).weights)]);
+                return [heads, weights];
+            }""",
+            [str(explorer._esm), state, t.tolist()],
+        )
+        heads = torch.tensor(found[0], dtype=torch.float64)  # [L, H, t, 2]
+        for explorer.layer, explorer.head in np.ndindex(*heads.shape[:2]):
+            ours = torch.stack([explorer.entropies(t), explorer.slope(t)], -1)
+            torch.testing.assert_close(heads[explorer.layer, explorer.head], ours, rtol=1e-9, atol=1e-9)
+        rows = torch.zeros(*explorer.sample.logits.shape[2:], dtype=torch.float64)
+        for row, (keys, weights) in zip(rows, found[1], strict=True):
+            row[keys] = torch.tensor(weights, dtype=torch.float64)
+        torch.testing.assert_close(rows, torch.softmax(explorer.sample.logits[0, 1].double() / 0.7, -1))
+
+
+def test_the_temperature_explorer_moves_without_a_kernel(open_html):
+    explorer = temperature_explorer()
+    page = open_html(explorer)
+    says = lambda: page.locator(".entropy-status", has_text=explorer.words()).wait_for()  # noqa: E731
+    says()
+    page.locator(".entropy-scope").select_option("layer")
+    page.locator(".entropy-t").focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowRight")
+    explorer.scope, explorer.t = "layer", 10**0.1
+    says()
+    numbers = lambda: [float(mark) for mark in page.locator(".entropy-mark").all_text_contents()]  # noqa: E731
+    assert numbers() == pytest.approx(explorer.entropy.flatten().tolist(), abs=0.0051)
+    for name, key in (("layer", "Home"), ("head", "End")):
+        page.locator(f".entropy-{name}").focus()
+        page.keyboard.press(key)
+    explorer.layer, explorer.head = 0, 3
+    says()
+    assert float(page.locator(".entropy-t").input_value()) == 0  # this layer's was not meant: t is still 1
+    token = explorer.tokens.index(" circle") if " circle" in explorer.tokens else 11
+    page.locator(".entropy-text span").nth(token).click()
+    explorer.row, explorer.single = token, True
+    says()
+    shades = page.locator(".entropy-text span").evaluate_all(
+        "all => all.map((span) => Number(span.title.split(': ')[1]))"
+    )
+    expected = torch.softmax(explorer.rows()[0], -1).tolist()
+    assert shades == pytest.approx(expected, rel=6e-3, abs=1e-9)
+    assert page.errors == []
+
+
 def test_the_tug_of_war_moves_without_a_kernel(open_html):
     page = open_html(tug_of_war(), tug_of_war())  # the same twice: each has its own state
     first, second = page.locator(".entropy-module").all()
@@ -210,10 +273,11 @@ def test_the_film_shows_the_record_s_numbers(open_html, film):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty"])
+@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature"])
 def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
     film.step = 200
-    page = open_html({"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer}[name]())
+    explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer}
+    page = open_html((explorers | {"temperature": temperature_explorer})[name]())
     if scheme == "dark":
         page.evaluate("document.body.style = 'background: #111111; color: #EEEEEE'")
     for width in WIDTHS:
@@ -230,6 +294,7 @@ def test_a_frame_follows_the_hand(open_html, film):
         "tug_of_war": (tug_of_war(), "theta"),
         "film": (film, "step"),
         "penalty": (penalty_explorer(), "theta"),
+        "temperature": (temperature_explorer(), "t"),
     }
     for name, (explorer, control) in explorers.items():
         page = open_html(explorer)

@@ -5,8 +5,7 @@ from conftest import prepare
 from window import MARKS, Window
 
 MOVES = {
-    "temperature": "t", "runs": "step", "playground": None, "cost": "layers",
-    "inspector": "position",
+    "runs": "step", "playground": None, "cost": "layers", "inspector": "position",
 }  # fmt: skip
 
 

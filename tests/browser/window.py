@@ -4,8 +4,7 @@ from pathlib import Path
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "browser"
 MARKS = {  # a control that only this explorer has
-    "temperature": "scope", "runs": "play", "playground": "learning_rate", "cost": "prices",
-    "inspector": "text",
+    "runs": "play", "playground": "learning_rate", "cost": "prices", "inspector": "text",
 }  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def test_one_key_is_worth_zero_nats_without_a_sign():
 
 
 MOVED = {
-    "temperature_explorer": ("t", 10.0), "run_explorer": ("step", 1),
+    "run_explorer": ("step", 1),
     "training_playground": ("show", None), "cost_explorer": ("layers", 5), "attention_inspector": ("text", "a b"),
 }  # fmt: skip
 
