@@ -226,7 +226,7 @@ CALLS = {
     "penalty_explorer": lambda **_: explore.penalty_explorer().still(),
     "temperature_explorer": lambda **_: explore.temperature_explorer().still(),
     "run_explorer": lambda **_: explorer("run_explorer", "step", 1),
-    "cost_explorer": lambda **_: explorer("cost_explorer", "layers", 5),
+    "cost_explorer": lambda **_: explore.cost_explorer().still(),
     "attention_inspector": lambda **_: explorer("attention_inspector", "text", "a b"),
     "training_playground": lambda corpus, **_: trained_in_the_playground(corpus),
     "logits_of": lambda **_: attention_logits.logits_of(*MODEL_AND_TOKENIZER, "a b c"),

@@ -57,11 +57,12 @@ const range = (model, name, label, low, high, step, form = (value) => value.toFi
   return make("label", {}, label, input, output);
 };
 
-const choice = (model, name, label, options) => {
+// A list; `read` is of what an option's value, which is text, stands for.
+const choice = (model, name, label, options, read = String) => {
   const select = make("select", { "aria-label": label, class: `entropy-${name}` });
   for (const [value, words] of Object.entries(options)) select.append(make("option", { value }, words));
   const follow = () => (select.value = model.get(name));
-  select.addEventListener("change", () => change(model, { [name]: select.value }));
+  select.addEventListener("change", () => change(model, { [name]: read(select.value) }));
   model.on(`change:${name}`, follow);
   follow();
   return make("label", {}, label, select);

@@ -49,7 +49,7 @@ class ModuleExplorer(anywidget.AnyWidget):
     def html(self) -> str:
         """The explorer as it stands, as HTML that needs neither a kernel nor a network."""
         source = base64.b64encode(str(self._esm).encode()).decode()
-        state = json.dumps(self.state(), sort_keys=True, allow_nan=False).replace("<", "\\u003c")
+        state = json.dumps(self.state(), allow_nan=False).replace("<", "\\u003c")
         mark = hashlib.sha256((source + state).encode()).hexdigest()[:12]  # the same explorer twice on a page is fine
         script = f"""
 const el = [...document.querySelectorAll(".entropy-{mark}")].find((found) => !found.dataset.started);

@@ -8,17 +8,12 @@ import torch
 from window import MARKS, Window
 
 from entropy_lib import (
-    VARIANTS,
-    EntropyGPT2Config,
     diagnose,
     entropy_bands,
-    inference_cost,
     record_entropy,
 )
 from entropy_lib.explore.recorded_runs import label, recorded
 from entropy_lib.explore.tiny_model import load_tiny_model
-
-PARTS = 7  # of a cost: traces of one panel
 
 
 @pytest.fixture(scope="module")
@@ -78,26 +73,6 @@ def test_runs(page, records):
         collapsed = int(diagnose(now["entropy"], records[index].context_length)["collapsed"].sum())
         assert f"step {now['step']}: loss {now['loss']:.3f} · {collapsed} collapsed" in words
     assert window.layout("shapes.0.x0") == step
-
-
-def test_cost(page):
-    window = Window(page, "cost")
-    window.choose("prices", "SPU 0.9.5, measured")
-    window.choose("variant", "SM+R")
-    window.choose("context", "256")
-    window.press("layers", "ArrowLeft", 2)
-    window.drag("layers", 0.25)
-    layers, traces = int(window.readout("layers")), window.traces()
-    assert layers == pytest.approx(13, abs=1)
-    for row, variant in enumerate(("SM+R", "SM+LN+G")):
-        sizes = {"n_layer": layers, "n_head": 12, "n_embd": 768, "vocab_size": 50257}
-        config = EntropyGPT2Config(**VARIANTS[variant].config_fields(), **sizes)
-        cost = inference_cost(config, 256, "spu-0.9.5-cheetah", "WAN")
-        for gigabytes, minutes in zip(traces[:PARTS], traces[PARTS : 2 * PARTS], strict=True):
-            part = gigabytes["name"]
-            assert gigabytes["x"][row] == pytest.approx(cost.bytes[part] / 1e9, rel=1e-5)
-            assert minutes["x"][row] == pytest.approx(cost.minutes[part], rel=1e-5)
-        assert sum(trace["x"][row] for trace in traces[:PARTS]) == pytest.approx(cost.communication_gb, rel=1e-5)
 
 
 def test_inspector(page):

@@ -1,6 +1,7 @@
 """Explorers that are one module: their HTML in a browser, without kernel, server or network."""
 
 import json
+import re
 from statistics import median
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from window import OUTPUT
 
 from entropy_lib.clone import CLONE
-from entropy_lib.explore import collapse_film, penalty_explorer, temperature_explorer, tug_of_war
+from entropy_lib.explore import collapse_film, cost_explorer, penalty_explorer, temperature_explorer, tug_of_war
+from entropy_lib.explore.pricing import CHOICES
 from entropy_lib.explore.recorded_runs import recorded
 from entropy_lib.training.records import load_runs
 
@@ -202,6 +204,81 @@ def test_the_temperature_explorer_moves_without_a_kernel(open_html):
     assert page.errors == []
 
 
+def test_the_cost_module_computes_what_the_library_does(open_html):
+    """Every variant with each of the prices, at sizes drawn at random; what has no price says so in both."""
+    page, generator, refused = open_html(tug_of_war()), np.random.default_rng(0), 0
+    explorer = cost_explorer()
+    for variant in explorer.architectures:
+        for prices in explorer.price_tables:
+            explorer.variant, explorer.prices = variant, prices
+            explorer.layers = int(generator.integers(1, 13))
+            explorer.network = str(generator.choice(["", "LAN", "WAN"]))
+            for name, values in CHOICES.items():
+                setattr(explorer, name, values[generator.integers(len(values))])
+            sizes = {name: getattr(explorer, name) for name in ("layers", "heads", "width", "vocabulary")}
+            found = page.evaluate(
+                """async ([source, state, variant, sizes, paid, parts]) => {
+                    const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+                    const a = state.architectures[variant];
+                    const resized = { ...a, ...sizes, ffn_width: (a.ffn_width / a.width) * sizes.width };
+                    const { context, prices, price_tables } = state, network = paid && state.networks[state.network];
+                    try {
+                        return module.inferenceCost(resized, context, prices, price_tables[prices], network, parts);
+                    } catch (error) {
+                        return error.message;
+                    }
+                }""",
+                [str(explorer._esm), explorer.state(), variant, sizes, explorer.paid, list(explorer.colors)],
+            )
+            if isinstance(found, str):
+                refused += 1
+                with pytest.raises(ValueError, match=re.escape(found[:30])):
+                    explorer.costs  # noqa: B018
+                continue
+            cost = explorer.costs[0]
+            for part in explorer.colors:
+                assert found["bytes"][part] == pytest.approx(cost.bytes[part], rel=1e-9)
+                if explorer.price_tables[prices]["seconds"]:
+                    assert found["minutes"][part] == pytest.approx(cost.minutes[part], rel=1e-9)
+    assert 10 < refused < 0.7 * len(explorer.architectures) * len(explorer.price_tables)
+
+
+def test_the_cost_explorer_moves_without_a_kernel(open_html):
+    explorer = cost_explorer()
+    page = open_html(explorer)
+    says = lambda: page.locator(".entropy-status", has_text=explorer.words()).wait_for()  # noqa: E731
+    says()
+    assert page.locator(".entropy-network").is_disabled()
+    assert page.locator(".entropy-cross:visible").all_text_contents() == ["✕"] * 4
+    for name, value in {"prices": "spu-0.9.5-cheetah", "network": "LAN", "variant": "SM+R", "context": 256}.items():
+        page.locator(f".entropy-{name}").select_option(str(value))
+        setattr(explorer, name, value)
+        says()
+    page.locator(".entropy-layers").focus()
+    page.keyboard.press("ArrowLeft")
+    explorer.layers = 11
+    says()
+    bars = page.locator("rect.entropy-part").evaluate_all(
+        "all => all.map((bar) => [bar.textContent, bar.width.baseVal.value])"
+    )
+    assert len(bars) == 2 * 2 * len(explorer.colors)
+    gigabytes = [sent / 1e9 for sent in (explorer.costs[0].bytes[part] for part in explorer.colors)]
+    for (name, wide), amount in zip(bars, gigabytes, strict=False):
+        assert float(name.split(": ")[1].split()[0]) == pytest.approx(amount, rel=6e-3, abs=1e-9)
+        assert wide == pytest.approx(bars[0][1] * amount / gigabytes[0], abs=0.01)
+    page.locator(".entropy-heads").select_option("20")
+    explorer.heads = 20
+    says()
+    page.locator(".entropy-heads").select_option("16")
+    explorer.heads = 16
+    says()
+    page.locator(".entropy-prices").select_option("spu-0.9.2b0-cheetah")
+    explorer.prices = "spu-0.9.2b0-cheetah"
+    says()
+    assert page.get_by_text("not measured on this engine").count() == 2
+    assert page.errors == []
+
+
 def test_the_tug_of_war_moves_without_a_kernel(open_html):
     page = open_html(tug_of_war(), tug_of_war())  # the same twice: each has its own state
     first, second = page.locator(".entropy-module").all()
@@ -273,11 +350,11 @@ def test_the_film_shows_the_record_s_numbers(open_html, film):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature"])
+@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "cost"])
 def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
     film.step = 200
     explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer}
-    page = open_html((explorers | {"temperature": temperature_explorer})[name]())
+    page = open_html((explorers | {"temperature": temperature_explorer, "cost": cost_explorer})[name]())
     if scheme == "dark":
         page.evaluate("document.body.style = 'background: #111111; color: #EEEEEE'")
     for width in WIDTHS:
@@ -295,6 +372,7 @@ def test_a_frame_follows_the_hand(open_html, film):
         "film": (film, "step"),
         "penalty": (penalty_explorer(), "theta"),
         "temperature": (temperature_explorer(), "t"),
+        "cost": (cost_explorer(), "layers"),
     }
     for name, (explorer, control) in explorers.items():
         page = open_html(explorer)

@@ -5,7 +5,7 @@ from conftest import prepare
 from window import MARKS, Window
 
 MOVES = {
-    "runs": "step", "playground": None, "cost": "layers", "inspector": "position",
+    "runs": "step", "playground": None, "inspector": "position",
 }  # fmt: skip
 
 

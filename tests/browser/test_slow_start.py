@@ -24,10 +24,10 @@ def no_time_to_start(page):
 
 def test_changes_arrive_at_a_figure_that_anywidget_gave_up(page, no_time_to_start):
     with page.expect_event("pageerror") as event:
-        page.evaluate("lab.runCell('cost = cost_explorer(')")
+        page.evaluate("lab.runCell('runs = run_explorer()')")
     assert GIVEN_UP in str(event.value)
-    window = Window(page, "cost")
+    window = Window(page, "runs")
     for key in ("End", "ArrowLeft"):
         before = window.traces()
-        window.press("layers", key)
+        window.press("step", key)
         assert window.traces() != before

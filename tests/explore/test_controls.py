@@ -105,7 +105,7 @@ def test_one_key_is_worth_zero_nats_without_a_sign():
 
 MOVED = {
     "run_explorer": ("step", 1),
-    "training_playground": ("show", None), "cost_explorer": ("layers", 5), "attention_inspector": ("text", "a b"),
+    "training_playground": ("show", None), "attention_inspector": ("text", "a b"),
 }  # fmt: skip
 
 
