@@ -12,7 +12,7 @@ import plotly.io as pio
 import torch
 
 from entropy_lib.explore.figure_widget import figure_widget
-from entropy_lib.explore.figures import COLLAPSE, GRID, INK, OVERLOAD, VARIANT_COLORS, go
+from entropy_lib.explore.figures import GRID, INK, OVERLOAD, VARIANT_COLORS, go
 
 try:
     import ipywidgets as widgets
@@ -54,11 +54,6 @@ def dropdown(name: str, label: str, options: Sequence, value=None, *, tip: str =
     """A labelled choice with the CSS class entropy-<name>; `options` are values or (label, value) pairs."""
     made = widgets.Dropdown(options=options) if value is None else widgets.Dropdown(options=options, value=value)
     return _labelled(made, name, label, tip, width)
-
-
-def toggle(name: str, label: str, value: bool = False, *, tip: str = "", width: str = "auto") -> widgets.Checkbox:
-    """A labelled check box with the CSS class entropy-<name>."""
-    return _labelled(widgets.Checkbox(value=value, indent=False), name, label, tip, width)
 
 
 def row(*items) -> widgets.HBox:
@@ -163,12 +158,6 @@ def _repainted(figure: go.Figure) -> go.Figure:
 
 def coloured(words: str, color: str) -> str:
     return f'<span style="color:{legible(color)};font-weight:600">{words}</span>'
-
-
-def below_inside_above(below: int, inside: int, above: int) -> str:
-    """The count of heads against a band, in words whose colours are those of the figures."""
-    parts = [coloured(f"{below} below", COLLAPSE), f"<b>{inside} inside</b>", coloured(f"{above} above", OVERLOAD)]
-    return " · ".join(parts)
 
 
 def keys_worth(entropy: float) -> str:

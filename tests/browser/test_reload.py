@@ -4,9 +4,7 @@ import pytest
 from conftest import prepare
 from window import MARKS, Window
 
-MOVES = {
-    "runs": "step", "playground": None, "inspector": "position",
-}  # fmt: skip
+MOVES = {"runs": "step", "playground": None, "inspector": "position"}
 
 
 @pytest.fixture(scope="module")

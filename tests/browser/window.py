@@ -3,9 +3,7 @@
 from pathlib import Path
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "browser"
-MARKS = {  # a control that only this explorer has
-    "runs": "play", "playground": "learning_rate", "inspector": "text",
-}  # fmt: skip
+MARKS = {"runs": "play", "playground": "learning_rate", "inspector": "text"}  # a control that only this explorer has
 
 
 class Window:
