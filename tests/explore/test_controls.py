@@ -23,7 +23,7 @@ class Doubler(controls.Explorer):
             "x": controls.slider("x", "x", 1, 0, 20, 1),
             "t": controls.slider("t", "t", 1.0, 0.01, 100, 0.05, log=True, tip="temperature"),
             "kind": controls.dropdown("kind", "kind", ["a", "b"]),
-            "on": controls.toggle("on", "on"),
+            "on": controls.dropdown("on", "on", [False, True]),
         }
         super().__init__(figure, sliders, [["x", "t"], ["kind", "on"]])
 
