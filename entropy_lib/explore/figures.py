@@ -25,7 +25,7 @@ COLLAPSE, OVERLOAD, HEALTHY, INK, GRID = "#3B6FB6", "#C8553D", "#8A9099", "#2B2F
 DARK_INK, DARK_GRID = "#A4AAB3", "rgba(140,146,156,0.25)"
 IN_NATS = {"text": "nats", "side": "top", "font": {"size": 13}}  # title of a colour bar
 
-# Okabe-Ito without its yellow, which vanishes on white; the first three, indigo, olive and wine are Tol's, and there
+# Okabe-Ito without its yellow, which vanishes on white; the first four, indigo, olive and wine are Tol's, and there
 # are a grey and a brown.
 # fmt: off
 VARIANT_COLORS = {

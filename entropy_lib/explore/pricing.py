@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 
 from traitlets import Dict, Enum, Int, List
 
@@ -11,7 +11,7 @@ from entropy_lib.explore.cost_figures import PART_COLORS, part_bars
 from entropy_lib.explore.module import ModuleExplorer, module_source
 from entropy_lib.modeling import EntropyGPT2Config
 from entropy_lib.private_inference.architecture import Architecture
-from entropy_lib.private_inference.costs import InferenceCost, inference_cost, price_names, printed_cells, unit_prices
+from entropy_lib.private_inference.costs import InferenceCost, inference_cost, printed_cells, unit_prices
 from entropy_lib.private_inference.network import NETWORKS
 from entropy_lib.variants import PRIVATE_VARIANTS, VARIANTS, get_variant
 
@@ -30,7 +30,6 @@ CHOICES = {
     "vocabulary": [0, 2048, 8192, 16384, 32000, 50257, 128256],
 }
 _SIZES = ("layers", "heads", "width", "vocabulary")
-_KNOWN = sorted(price_names(), key=[*PRICE_LABELS, ""].index)
 
 
 def cost_explorer(
@@ -70,7 +69,7 @@ class CostExplorer(ModuleExplorer):
     context = Enum(CHOICES["context"], 128).tag(sync=True, state=True)
     vocabulary = Enum(CHOICES["vocabulary"], 50257).tag(sync=True, state=True)
     variant = Enum([*VARIANTS, *PRIVATE_VARIANTS], BASELINE).tag(sync=True, state=True)
-    prices = Enum(_KNOWN, "paper").tag(sync=True, state=True)
+    prices = Enum(list(PRICE_LABELS), "paper").tag(sync=True, state=True)
     network = Enum(["", *NETWORKS], "").tag(sync=True, state=True)
     # What the module computes from.
     choices = Dict(CHOICES).tag(sync=True, state=True)
@@ -82,8 +81,8 @@ class CostExplorer(ModuleExplorer):
 
     def __init__(self, **traits):
         super().__init__(
-            architectures={name: _plain(_of_variant(name)) for name in (*VARIANTS, *PRIVATE_VARIANTS)},
-            price_tables={name: _of_prices(name) for name in _KNOWN},
+            architectures={name: asdict(_of_variant(name)) for name in (*VARIANTS, *PRIVATE_VARIANTS)},
+            price_tables={name: _of_prices(name) for name in PRICE_LABELS},
             cells=[
                 {"table": table[5:6], "variant": name, "context": length, "values": values}
                 | {size: getattr(architecture, size) for size in _SIZES}
@@ -141,18 +140,16 @@ class CostExplorer(ModuleExplorer):
         share = self.costs[0].communication_gb / self.costs[1].communication_gb
         title = f"{self.variant} sends {share:.0%} of what {BASELINE} sends"
         parts = {name: {part: sent / 1e9 for part, sent in cost.bytes.items()} for name, cost in rows.items()}
-        return part_bars(parts, title=title, x_title="communication (GB)")
+        found = {name: self.printed(name) for name in rows}
+        marks = {name: cell[1]["communication_gb"] for name, cell in found.items() if cell}
+        return part_bars(parts, title=title, x_title="communication (GB)", marks=marks)
 
 
 def _of_variant(name: str) -> Architecture:
     return Architecture.of(EntropyGPT2Config(**get_variant(name).config_fields()))
 
 
-def _plain(architecture: Architecture) -> dict:
-    return {field.name: getattr(architecture, field.name) for field in fields(architecture)}
-
-
 def _of_prices(name: str) -> dict:
     priced = unit_prices(name)
     tables = {table: getattr(priced, table) for table in ("bytes", "seconds", "rounds")}
-    return tables | {"label": PRICE_LABELS.get(name, name), "includes_network": priced.includes_network}
+    return tables | {"label": PRICE_LABELS[name], "includes_network": priced.includes_network}

@@ -127,7 +127,7 @@ function render({ model, el }) {
   };
   const y = (k, value) => PANELS[k].bottom - (value / curve.tops[k]) * (PANELS[k].bottom - PANELS[k].top);
 
-  let map = {}, last = {}; // entropies by head with the temperature that they are of; what was drawn
+  const map = {}, last = {}; // the temperature that each head is drawn at; what else was drawn
   const draw = () => {
     const [layer, head] = place(), row = model.get("row"), single = model.get("single"), t = temperature();
     const own = all[layer][head], rows = single ? [own[row]] : own, key = `${layer} ${head} ${single ? row : "all"}`;
@@ -157,8 +157,8 @@ function render({ model, el }) {
     });
     model.get("temperatures").forEach((of, l) => of.forEach((own, k) => {
       const name = `${l} ${k}`;
-      if (map[name]?.t === own) return;
-      map[name] = { t: own };
+      if (map[name] === own) return;
+      map[name] = own;
       const E = over(all[l][k], own).entropy, { cell, name: tip, number } = cells[l][k];
       set(cell, { fill: colors[Math.round((Math.min(E, most) / most) * (colors.length - 1))] || colors[0] });
       tip.textContent = `layer ${l}, head ${k}: ${E.toFixed(3)} nats at t = ${significant(own)}`;

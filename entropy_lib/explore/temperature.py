@@ -8,7 +8,7 @@ import math
 import torch
 from plotly.colors import sample_colorscale
 from torch import Tensor
-from traitlets import Bool, Enum, Int, List, TraitError, Unicode, validate
+from traitlets import Bool, Enum, Float, Int, List, TraitError, Unicode, validate
 
 from entropy_lib.entropy import entropy_from_logits, log_softmax_and_softmax
 from entropy_lib.explore.attention_logits import AttentionLogits, as_logits, logits_of, read_logits
@@ -53,7 +53,7 @@ class TemperatureExplorer(ModuleExplorer):
     shape = List(Int()).tag(sync=True, state=True)
     causal = Bool().tag(sync=True, state=True)
     tokens = List(Unicode()).tag(sync=True, state=True)
-    temperatures = List(List()).tag(sync=True, state=True)  # [L][H]
+    temperatures = List(List(Float())).tag(sync=True, state=True)  # [L][H]
     layer = Int(0, min=0).tag(sync=True, state=True)
     head = Int(0, min=0).tag(sync=True, state=True)
     scope = Enum(["head", "layer", "all"], "head").tag(sync=True, state=True)

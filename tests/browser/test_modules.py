@@ -1,12 +1,16 @@
 """Explorers that are one module: their HTML in a browser, without kernel, server or network."""
 
+import base64
+import io
 import json
+import math
 import re
 from statistics import median
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from window import OUTPUT
 
 from entropy_lib.clone import CLONE
@@ -201,7 +205,31 @@ def test_the_temperature_explorer_moves_without_a_kernel(open_html):
     )
     expected = torch.softmax(explorer.rows()[0], -1).tolist()
     assert shades == pytest.approx(expected, rel=6e-3, abs=1e-9)
+    drawn_as_computed(page, explorer)
+    page.locator(".entropy-single").uncheck()
+    explorer.single = False
+    says()
+    drawn_as_computed(page, explorer)
     assert page.errors == []
+
+
+def drawn_as_computed(page, explorer):
+    """Curves and dots of the temperature explorer by their places, its matrix by the alpha of its pixels."""
+    t = torch.logspace(-2, 2, 61, dtype=torch.float64)
+    here = torch.tensor([explorer.t], dtype=torch.float64)
+    most = max(0.01, explorer.slope(t).max().item())
+    steps = [n * 10.0 ** math.floor(math.log10(most)) for n in (1, 2, 5, 10)]
+    tops = [1.12 * explorer.ceiling, next(step for step in steps if step >= most)]
+    curves = page.locator(".entropy-module svg path").evaluate_all("all => all.map((path) => path.getAttribute('d'))")
+    dots = page.locator(".entropy-module svg circle").evaluate_all("all => all.map((dot) => dot.cy.baseVal.value)")
+    for k, (numbers, bottom, height) in enumerate(((explorer.entropies, 300, 270), (explorer.slope, 520, 150))):
+        y = [float(point.split(" ")[1]) for point in re.split("[ML]", curves[k])[1:]]
+        places = bottom - height * torch.cat([numbers(t), numbers(here)]) / tops[k]
+        assert [*y, dots[k]] == pytest.approx(places.tolist(), abs=0.06)  # they are written to a tenth
+    picture = page.locator(".entropy-module svg image").get_attribute("href").split(",")[1]
+    alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGBA"))[..., 3]
+    weights = torch.softmax(explorer.sample.logits[explorer.layer, explorer.head].double() / explorer.t, -1)
+    np.testing.assert_allclose(alpha, 255 * weights.sqrt(), atol=0.51)
 
 
 def test_the_cost_module_computes_what_the_library_does(open_html):

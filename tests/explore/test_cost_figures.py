@@ -46,6 +46,14 @@ def test_the_line_joins_what_nothing_beats():
     assert [note.text for note in figure.layout.annotations] == list(points)
 
 
+def test_names_that_move_apart_stay_above_the_axis():
+    points = {"dear": (1.0, 9.0)} | {f"alike {n}": (2.0 + n, 3.0 + n / 100) for n in range(5)}
+    figure = quality_against_cost(points, title="", x_title="GB", y_title="perplexity")
+    low, high = figure.layout.yaxis.range
+    pixels = 300 / (high - low)
+    assert min((note.y - low) * pixels - note.ay for note in figure.layout.annotations) > 6
+
+
 def test_spreads_are_bars_and_a_logarithmic_axis_keeps_names_at_their_dots():
     points = {"cheap": (10.0, 9.0), "dear": (1000.0, 3.0)}
     spread = {"cheap": 0.5, "dear": math.nan}

@@ -6,7 +6,7 @@ import pytest
 from traitlets import TraitError
 
 from entropy_lib import PRIVATE_VARIANTS, VARIANTS, EntropyGPT2Config, build_model
-from entropy_lib.private_inference.costs import inference_cost, unit_prices
+from entropy_lib.private_inference.costs import inference_cost, price_names, unit_prices
 from entropy_lib.variants import get_variant
 
 pytest.importorskip("anywidget")
@@ -41,6 +41,7 @@ def test_the_paper_s_points_are_marked_where_the_setting_is_printed():
     assert both() == [6.43, 25.32]
     assert explorer.printed("SM+LN+G")[1]["latency_min"] == 8.21
     assert "Table 3" in explorer.words()
+    assert tuple(explorer.still().data[-1].x) == (6.43, 25.32)
     explorer.context = 256
     assert both() == [20.72, 58.51]
     explorer.variant = "SM+G"  # not in the tables
@@ -48,6 +49,10 @@ def test_the_paper_s_points_are_marked_where_the_setting_is_printed():
     explorer.layers = 11
     assert both() == [None, None]
     assert "Table" not in explorer.words()
+
+
+def test_every_price_has_a_name_that_a_reader_knows():
+    assert set(pricing.PRICE_LABELS) == set(price_names())
 
 
 def test_networks_belong_to_prices_with_measured_computation():

@@ -134,6 +134,8 @@ def test_a_model_s_own_logits():
     model.eval().set_attn_implementation("eager")
     attentions = model(torch.tensor([[ord(letter) for letter in "softmax"]]), output_attentions=True).attentions
     expected = torch.cat([attention_entropy(attention.detach()).mean(-1) for attention in attentions])
+    own = attention_logits.logits_of(model, Letters(), "softmax").logits
+    np.testing.assert_allclose(attention_entropy(own.softmax(-1)).mean(-1), expected, atol=1e-5)
     np.testing.assert_allclose(explorer.entropy, expected, atol=1e-3)  # half precision
     with pytest.raises(ValueError, match="at least two tokens"):
         explore.temperature_explorer(model=model, tokenizer=Letters(), text="x")
