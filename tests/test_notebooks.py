@@ -323,14 +323,3 @@ def test_notebook_fails_when_a_formula_of_the_library_is_wrong(tmp_path, file, f
     result = run("01_entropy_math", "--output", tmp_path / "out", runner=tmp_path / "notebooks" / "run.py")
     assert result.returncode == 1
     assert "AssertionError" in result.stdout
-
-
-@pytest.mark.parametrize("number", ["04", "05", "06", "07"])
-def test_a_notebook_of_records_runs_where_there_are_hardly_any(tmp_path, number):
-    runs = tmp_path / "runs"
-    shutil.copytree(ROOT / "data" / "runs" / "pypi-small", runs / "pypi-small")
-    live = [] if number == "07" else ["-p", "live", "False"]
-    result = run(number, "--output", tmp_path / "out", "-p", "runs", runs, *live)
-    assert result.returncode == 0, result.stdout
-    (executed,) = (tmp_path / "out").iterdir()
-    assert "not yet run" in executed.read_text()

@@ -79,7 +79,7 @@ def _difference(gaps: Mapping[str, tuple[float, float]]) -> str:
     apart = [abs(here - paper) for paper, here in finite]
     lost = [row for row, (paper, here) in gaps.items() if math.isfinite(paper) and here == math.inf]
     if not apart and not lost:
-        return "the paper's gaps; ours are not yet run"
+        return "no gap on record"
     far = math.ceil(100 * max(apart, default=0))
     words = f"within {far} points of" if far <= CLOSE else f"up to {far} points off"
     findings = [f"our gaps are {words} the paper's"] if apart else []

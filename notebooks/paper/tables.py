@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -22,12 +21,11 @@ from entropy_lib.entropy import diagnose, entropy_bands, head_entropies
 from entropy_lib.private_inference.costs import paper_tables
 from entropy_lib.training.parallel import Run, recorded
 from entropy_lib.training.recipe import Recipe, get_recipe
-from entropy_lib.training.records import RunRecord, compare, load_runs
+from entropy_lib.training.records import RunRecord, compare
 from entropy_lib.variants import NORM_PLACEMENTS, VARIANTS
 from paper.experiments import EXPERIMENTS, Experiment
 
 BASELINE = "SM+LN+G"
-MISSING = "not yet run"
 TABLES = {  # experiment: key in `paper_tables`
     "table2": "table2_nonlinearities_codeparrot_T128",
     "table3": "table3_codeparrot_T128",
@@ -94,46 +92,38 @@ def table_runs(experiment: str) -> dict[str, list[Run]]:
 
 
 def reproduction(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
-    """One row a row of the paper's table, the printed figures beside those of the recorded runs.
+    """One row a row of the paper's table that is on record, the printed figures beside those of the runs.
 
-    Columns: printed (whether the paper has the row), paper_ppl (NaN if its training ended in NaN), paper_gap; planned
-    and runs on record, collapsed_runs; tokens, ppl and spread (sample standard deviation over seeds), gap, minutes,
-    each a mean over runs as in `compare`; heads collapsed, healthy and overloaded (`diagnose`, mean over runs), heads;
-    command, which makes the runs. A row without records has NaN.
+    Columns: printed (whether the paper has the row), paper_ppl (NaN if its training ended in NaN), paper_gap; runs,
+    collapsed_runs; tokens, ppl and spread (sample standard deviation over seeds), gap, minutes, each a mean over runs
+    as in `compare`; heads collapsed, healthy and overloaded (`diagnose`, mean over runs), heads.
 
-    ValueError for an experiment that is no table, a record of another run than the experiment's, mixed corpora, and
-    a `runs` that is no folder.
+    ValueError for an experiment that is no table or has no run on record, a record of another run than the
+    experiment's, mixed corpora, and a `runs` that is no folder.
     """
     printed = paper_ppl(experiment)
     rows, records = {}, []
-    for row, planned in table_runs(experiment).items():
-        found = on_record(planned, runs)
+    for row, found in _rows_on_record(experiment, runs).items():
         records += [_renamed(record, row) for record in found]  # Table 5's placements share a variant
-        folder, variant = planned[0].folder.parts[0], planned[0].variant
         rows[row] = {
             "printed": row in printed,
             "paper_ppl": printed.get(row, math.nan),
             "paper_gap": printed.get(row, math.nan) / printed[BASELINE] - 1,
-            "planned": len(planned),
             "runs": len(found),
             **dict.fromkeys(_OF_COMPARE.values(), math.nan),
             **_heads(found),
-            "command": f"python notebooks/paper experiments {folder} --only {shlex.quote(variant)}",
         }
     table = pd.DataFrame.from_dict(rows, orient="index")
-    if records:
-        table.update(compare(records, BASELINE).rename(columns=_OF_COMPARE)[list(_OF_COMPARE.values())])
+    table.update(compare(records, BASELINE).rename(columns=_OF_COMPARE)[list(_OF_COMPARE.values())])
     return table
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """What `reproduction` returns as words: three significant digits, "not yet run" where a record is missing."""
+    """What `reproduction` returns as words, with three significant digits."""
     rows = {}
     for row, values in table.iterrows():
-        missing, ours = values["runs"] == 0, "collapsed"
-        if missing:
-            ours = MISSING
-        elif math.isfinite(values["ppl"]):
+        ours = "collapsed"
+        if math.isfinite(values["ppl"]):
             ours = _three_digits(values["ppl"]) + (f" ± {values['spread']:.2g}" if values["spread"] >= 0 else "")
             if values["collapsed_runs"]:
                 ours += f", {values['collapsed_runs']:.0f} of {values['runs']} collapsed"
@@ -143,8 +133,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
             "paper's gap": _percent(values["paper_gap"]),
             "here": ours,
             "gap here": _percent(values["gap"]),
-            "heads collapsed / healthy / overloaded": "" if missing else _counts(values),
-            "runs": f"{values['runs']} of {values['planned']}",
+            "heads collapsed / healthy / overloaded": _counts(values),
+            "runs": values["runs"],
         }
     return pd.DataFrame(rows).T
 
@@ -152,48 +142,27 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 def gaps(table: pd.DataFrame) -> dict[str, tuple[float, float]]:
     """{row: (the paper's gap, ours)} of what `reproduction` returns: NaN if there is none, infinity for a collapse."""
     paper = table["paper_gap"].where(~(table["printed"] & table["paper_ppl"].isna()), math.inf)
-    ours = table["gap"].where(~((table["runs"] > 0) & (table["collapsed_runs"] == table["runs"])), math.inf)
+    ours = table["gap"].where(table["collapsed_runs"] < table["runs"], math.inf)
     return {row: (paper[row], ours[row]) for row in table.index}
 
 
-def progress(experiment: str, runs: str | Path = "data/runs") -> str:
-    """One line: how many of an experiment's runs are on record, and the command that makes the rest."""
-    planned = _experiment(experiment).runs
-    found = len(on_record(planned, runs))
-    command = f"python notebooks/paper experiments {experiment}"
-    return f"{found} of {len(planned)} runs of {experiment} on record" + (
-        f"; the rest: {command}" if found < len(planned) else f" ({command})"
-    )
-
-
-def examples(
-    experiment: str, runs: str | Path = "data/runs", needs: Iterable[str] = (), fallback: str = "pypi-small"
-) -> tuple[dict[str, RunRecord], str]:
+def examples(experiment: str, runs: str | Path = "data/runs") -> tuple[dict[str, RunRecord], str]:
     """({row: record}, caption): one run a row of a table, for figures that need heads and histories.
 
-    Where fewer than two rows are on record, or one that a figure `needs` is not, the records in the folder `fallback`
-    are taken. The caption names the folder, the tokens and the corpus.
+    The caption names the folder, the tokens and the corpus. ValueError as for `reproduction`.
     """
-    found = {row: on_record(planned, runs)[:1] for row, planned in table_runs(experiment).items()}
-    found = {row: on_record[0] for row, on_record in found.items() if on_record}
-    folder = experiment
-    if len(found) < 2 or not set(needs) <= set(found):
-        found, folder = {}, fallback
-        for record in load_runs(Path(runs) / fallback):
-            found.setdefault(record.variant, record)
-        found = dict(sorted(found.items(), key=lambda item: _order(item[0])))
+    found = {row: records[0] for row, records in _rows_on_record(experiment, runs).items()}
     longest = max(found.values(), key=lambda record: record.tokens)  # a collapsed run has fewer
-    return found, f"data/runs/{folder}, {longest.tokens / 1e6:.0f}M tokens of {longest.corpus}"
+    return found, f"data/runs/{experiment}, {longest.tokens / 1e6:.0f}M tokens of {longest.corpus}"
 
 
 def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
-    """One row a run of a sweep, its settings as columns: whatever the recipes of the experiment's runs differ in.
+    """One row a run of a sweep on record, its settings as columns: whatever the recipes of its runs differ in.
 
-    Further columns: variant (with its placement, if any), seed, status ("not yet run" where there is no record),
-    tokens, perplexity, gap (to the SM+LN+G runs on record of the same steps, batch, length, warm-up and order),
-    entropy (mean over heads, nats), heads collapsed, healthy and overloaded (`diagnose`), heads, top_band (share of
-    heads in the last band of Figure 2a, as in Figure 7), minutes. A collapsed run has no perplexity and keeps its last
-    entropies.
+    Further columns: variant (with its placement, if any), seed, status, tokens, perplexity, gap (to the SM+LN+G runs on
+    record of the same steps, batch, length, warm-up and order), entropy (mean over heads, nats), heads collapsed,
+    healthy and overloaded (`diagnose`), heads, top_band (share of heads in the last band of Figure 2a, as in Figure 7),
+    minutes. A collapsed run has no perplexity and keeps its last entropies.
     """
     own = _experiment(experiment).runs
     variants = {run.variant for run in own}
@@ -202,18 +171,16 @@ def sweep(experiment: str, runs: str | Path = "data/runs") -> pd.DataFrame:
     settings = [name for name in asdict(Recipe()) if name not in _NOT_A_SETTING and _differ(planned, name)]
     baselines, rows = _baselines(runs), []
     for run in planned:
-        found = on_record([run], runs)
         recipe = asdict(_recipe(run))
         row = {"variant": _row(run), "seed": run.seed} | {name: recipe[name] for name in settings}
-        record = found[0] if found else None
-        rows.append(row | (_outcome(record, baselines.get(_budget(run), [])) if record else {"status": MISSING}))
+        rows += [row | _outcome(record, baselines.get(_budget(run), [])) for record in on_record([run], runs)]
     columns = ["variant", "seed", *settings, "status", "tokens", "perplexity", "gap", "entropy", *STATES, "heads",
                "top_band", "minutes"]  # fmt: skip
     return pd.DataFrame(rows).reindex(columns=columns).sort_values(["variant", *settings, "seed"], ignore_index=True)
 
 
 def outcomes(runs: pd.DataFrame, rows: str | list[str], columns: str, decimals: int = 1) -> pd.DataFrame:
-    """Runs of a `sweep` as a grid of words: the first seed's perplexity, or how it ended; "" where none is planned."""
+    """Runs of a `sweep` as a grid of words: the first seed's perplexity, or how it ended; "" where there is none."""
     runs = runs.sort_values("seed").drop_duplicates([rows, columns] if isinstance(rows, str) else [*rows, columns])
     perplexity = runs["perplexity"]
     result = perplexity.map(f"{{:.{decimals}f}}".format).where(perplexity.notna(), runs["status"])
@@ -222,7 +189,7 @@ def outcomes(runs: pd.DataFrame, rows: str | list[str], columns: str, decimals: 
 
 
 def markdown(experiment: str, runs: str | Path = "data/runs") -> str:
-    """A table with its heading and the line of `progress`, as Markdown; tokens and minutes are a run's."""
+    """A table with its heading and the command that makes its runs, as Markdown; tokens and minutes are a run's."""
     figures = reproduction(experiment, runs)
     table = readable(figures)
     table["tokens"] = [f"{n / 1e6:.3g}M" if n > 0 else "" for n in figures["tokens"]]
@@ -234,7 +201,15 @@ def markdown(experiment: str, runs: str | Path = "data/runs") -> str:
     ]
     rows = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     heading = f"Table {experiment.removeprefix('table')}: {EXPERIMENTS[experiment].description}"
-    return f"**{heading}**\n\n{rows}\n\n{progress(experiment, runs)}\n"
+    return f"**{heading}**\n\n{rows}\n\n`python notebooks/paper experiments {experiment}`\n"
+
+
+def _rows_on_record(experiment: str, runs: str | Path) -> dict[str, list[RunRecord]]:
+    found = {row: on_record(planned, runs) for row, planned in table_runs(experiment).items()}
+    if not any(found.values()):
+        command = f"python notebooks/paper experiments {experiment}"
+        raise ValueError(f"no run of {experiment} is on record in {runs}; to make them: {command}")
+    return {row: records for row, records in found.items() if records}
 
 
 def _experiment(name: str) -> Experiment:
@@ -292,9 +267,7 @@ def on_record(planned: Iterable[Run], runs: str | Path) -> list[RunRecord]:
 
 
 def _heads(records: list[RunRecord]) -> dict[str, float]:
-    """Heads in each state, mean over runs, and their number; NaN without runs."""
-    if not records:
-        return dict.fromkeys((*STATES, "heads"), math.nan)
+    """Heads in each state, mean over runs, and their number."""
     states = [diagnose(record.entropy, record.context_length) for record in records]
     return {state: float(np.mean([heads[state].sum() for heads in states])) for state in STATES} | {
         "heads": float(np.size(records[0].entropy))

@@ -1,7 +1,7 @@
 """The paper's tables beside recorded runs: exact gaps, spreads and counts from records written for the test."""
 
 import math
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ from paper.tables import (
     gaps,
     main,
     markdown,
+    on_record,
     outcomes,
     paper_ppl,
-    progress,
     readable,
     reproduction,
     sweep,
@@ -67,36 +67,35 @@ def test_gaps_and_spreads_are_those_of_the_formula(tmp_path):
     record(planned("table3", EREG, 0), tmp_path, 12.0, heads=(0, 4, 0))
     record(planned("table3", EREG, 2), tmp_path, 14.4, heads=(2, 0, 2))
     table = reproduction("table3", tmp_path)
-    assert list(table.index) == ["SM+LN+G", "SM+LN+R", "SM+ScFuFFN", "SM(t)+ScFuFFN", EREG]
+    assert list(table.index) == ["SM+LN+G", EREG]  # what is on record
     row = table.loc[EREG]
     assert row["gap"] == pytest.approx(13.2 / 11 - 1, abs=1e-12)
     assert row["spread"] == pytest.approx(2.4 / math.sqrt(2))
-    assert (row["runs"], row["planned"], row["collapsed_runs"], row["minutes"]) == (2, 3, 0, 2.0)
+    assert (row["runs"], row["collapsed_runs"], row["minutes"]) == (2, 0, 2.0)
     assert row["tokens"] == 3052 * 65_536
     assert tuple(row[["collapsed", "healthy", "overloaded", "heads"]]) == (1.0, 2.0, 1.0, 4.0)
     assert row["paper_gap"] == pytest.approx(3.21 / 2.69 - 1, abs=1e-12)
     assert table.loc["SM+LN+G", "spread"] == pytest.approx(1.0)
     assert table.loc["SM+LN+G", ["gap", "paper_gap"]].tolist() == [0, 0]
     words = readable(table).loc[EREG]
-    assert words.tolist() == ["3.21", "+19.3%", "13.2 ± 1.7", "+20.0%", "1 / 2 / 1", "2 of 3"]
+    assert words.tolist() == ["3.21", "+19.3%", "13.2 ± 1.7", "+20.0%", "1 / 2 / 1", 2]
 
 
-def test_what_is_not_on_record_is_said_to_be_so(tmp_path):
-    record(planned("table3", "SM+LN+G"), tmp_path, 10.0)
-    table = reproduction("table3", tmp_path)
-    row, words = table.loc["SM(t)+ScFuFFN"], readable(table).loc["SM(t)+ScFuFFN"]
-    assert not row["printed"]
-    assert math.isnan(row["ppl"])
-    assert words.tolist() == ["–", "–", "not yet run", "–", "", "0 of 1"]
-    assert row["command"] == "python notebooks/paper experiments table3 --only 'SM(t)+ScFuFFN'"
-    assert progress("table3", tmp_path) == (
-        "1 of 10 runs of table3 on record; the rest: python notebooks/paper experiments table3"
-    )
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert set(readable(reproduction("table3", empty))["here"]) == {"not yet run"}
+def test_where_nothing_is_on_record_the_error_says_what_makes_it(tmp_path):
+    for table in (reproduction, examples, markdown):
+        with pytest.raises(ValueError, match=r"no run of table3 .*: python notebooks/paper experiments table3"):
+            table("table3", tmp_path)
+    assert sweep("ablation", tmp_path).empty
     with pytest.raises(ValueError, match="no folder of run records"):
         reproduction("table3", tmp_path / "elsewhere")
+
+
+def test_a_row_that_the_paper_does_not_print_has_no_gap_of_its(tmp_path):
+    for variant in ("SM+LN+G", "SM(t)+ScFuFFN"):
+        record(planned("table3", variant), tmp_path, 10.0)
+    table = reproduction("table3", tmp_path)
+    assert table["printed"].tolist() == [True, False]
+    assert readable(table).loc["SM(t)+ScFuFFN"].tolist()[:3] == ["–", "–", "10.0"]
 
 
 def test_a_collapsed_run_has_no_perplexity_and_keeps_its_heads(tmp_path):
@@ -107,11 +106,10 @@ def test_a_collapsed_run_has_no_perplexity_and_keeps_its_heads(tmp_path):
     table = reproduction("table2", tmp_path)
     assert table.loc["SM", ["runs", "collapsed_runs", "collapsed"]].tolist() == [1, 1, 4]
     assert table.loc[["SM", "SM+R"], ["ppl", "gap"]].isna().all(axis=None)
-    assert readable(table).loc["SM"].tolist() == ["collapsed", "–", "collapsed", "–", "4 / 0 / 0", "1 of 1"]
+    assert readable(table).loc["SM"].tolist() == ["collapsed", "–", "collapsed", "–", "4 / 0 / 0", 1]
     assert readable(table).loc["SM+R", "here"] == "collapsed"
     assert gaps(table)["SM"] == (math.inf, math.inf)
     assert gaps(table)["SM+R"] == (pytest.approx(2.94 / 2.69 - 1), math.inf)
-    assert [math.isnan(gap) for gap in gaps(table)["SM+G"]] == [False, True]
 
     record(planned("table3", EREG, 0), tmp_path, 12.0)
     record(planned("table3", EREG, 1), tmp_path, 900.0, status="collapsed")
@@ -129,13 +127,11 @@ def test_baselines_are_shared_between_experiments(tmp_path):
     record(planned("table5", "SM+WNorm", folder="QK"), tmp_path, 16.0)
     record(planned("table5", "SM+WNorm", folder="QKVO+FFN"), tmp_path, 24.0)
     table = reproduction("table5", tmp_path)
-    assert len(table) == 11
-    assert table["gap"].dropna().to_dict() == {"SM+LN+G": 0.0, "SM+WNorm, QK": 1.0, "SM+WNorm, QKVO+FFN": 2.0}
+    assert table["gap"].to_dict() == {"SM+LN+G": 0.0, "SM+WNorm, QK": 1.0, "SM+WNorm, QKVO+FFN": 2.0}
     # Table 3's SM+LN+R is Table 2's run
     record(planned("table2", "SM+LN+R"), tmp_path, 30.0)
     table = reproduction("table3", tmp_path)
     assert table.loc["SM+LN+R", "gap"] == pytest.approx(1.0)
-    assert "experiments table2 --only SM+LN+R" in table.loc["SM+LN+R", "command"]
 
 
 def test_records_of_other_runs_are_refused(tmp_path):
@@ -145,7 +141,7 @@ def test_records_of_other_runs_are_refused(tmp_path):
         reproduction("table3", tmp_path)
     record(run, tmp_path, 10.0, recipe=asdict(get_recipe("paper", steps=7)))
     with pytest.raises(ValueError, match="recipe differ"):
-        progress("table2", tmp_path)
+        reproduction("table2", tmp_path)
     record(run, tmp_path, 10.0)
     record(planned("table2", "SM+G"), tmp_path, 12.0, context_length=64)  # of the same name and recipe all the same
     with pytest.raises(ValueError, match="within one corpus"):
@@ -159,8 +155,7 @@ def test_a_sweep_is_tidy(tmp_path):
     record(planned("ablation", EREG, folder="t0.1-lambda0"), tmp_path, None, status="collapsed", heads=(3, 1, 0))
     frame = sweep("ablation", tmp_path)
     assert list(frame.columns[2:6]) == ["loss_coeff", "per", "ceiling", "temperature_init"]
-    assert len(frame) == len(EXPERIMENTS["ablation"].runs)
-    assert (frame["status"] == "not yet run").sum() == len(frame) - 3
+    assert len(frame) == 3  # on record
     found = frame[frame["perplexity"].notna()].set_index("temperature_init")
     assert found.loc[0.01, ["loss_coeff", "gap", "entropy", "overloaded", "top_band"]].tolist() == pytest.approx(
         [0.0, 1.0, 0.8 * LOG_T, 4, 1.0]
@@ -187,7 +182,7 @@ def test_budgets_and_learning_rates_take_their_standard_setting_from_the_tables(
     assert rates.loc[("SM", 3e-4, 0), "gap"] == pytest.approx(2.0)
     assert rates.loc[(EREG, 1e-3, 0), "gap"] == pytest.approx(1.0)
     assert ("SM+LN", 1e-3, 0) not in rates.index
-    assert np.sort(rates.index.unique("learning_rate")).tolist() == [3e-4, 6e-4, 1e-3]
+    assert np.sort(rates.index.unique("learning_rate")).tolist() == [3e-4, 1e-3]
 
 
 def test_a_gap_is_to_baselines_that_started_as_the_tables_did_and_read_in_the_same_order(tmp_path):
@@ -230,10 +225,11 @@ def test_lower_rates_stand_beside_the_tables_own(tmp_path):
     assert found.loc[("SM+SNorm, QK", 6e-4), "gap"] == pytest.approx(0.5)
     assert found.loc[("SM+WNorm, FFN", 3e-4), "gap"] == pytest.approx(0.25)
     record(planned("table8", "SM+LN+G"), tmp_path, 40.0)
+    record(planned("table8", EREG), tmp_path, None, status="collapsed")
     record(planned("table8_learning_rates", EREG, folder="0.0003"), tmp_path, 50.0)
     found = sweep("table8_learning_rates", tmp_path).set_index(["variant", "learning_rate"])
     assert found.loc[(EREG, 3e-4), "gap"] == pytest.approx(0.25)
-    assert sorted(found.loc[EREG].index) == [3e-4, 6e-4, 1e-3]
+    assert found.loc[(EREG, 1e-3), "status"] == "collapsed"
 
 
 def test_a_milder_start_stands_beside_the_papers(tmp_path):
@@ -248,26 +244,18 @@ def test_outcomes_in_words(tmp_path):
     record(planned("table3", EREG), tmp_path, 22.25)
     record(planned("learning_rates", "SM", folder="0.0003"), tmp_path, None, status="collapsed")
     grid = outcomes(sweep("learning_rates", tmp_path), "variant", "learning_rate", decimals=2)
-    assert grid.loc[EREG].tolist() == ["not yet run", "not yet run", "22.25"]  # of the first seed
+    assert grid.loc[EREG].tolist() == ["", "22.25"]  # of the first seed
     assert grid.loc["SM", 3e-4] == "collapsed"
     assert grid.index[[0, -1]].tolist() == ["SM", EREG]  # in the order of VARIANTS
-    warmup = outcomes(sweep("warmup", tmp_path), ["variant", "seed"], "warmup_ratio")
-    assert warmup.loc[("SM+ScFuFFN", 0), 0.05] == ""  # not planned
 
 
-def test_figures_fall_back_to_what_is_on_record(tmp_path):
-    run = replace(planned("table3", "SM+LN+G"), folder=Path("pypi-small"), changes={"steps": 300}, corpus="pypi-small")
-    for variant in (EREG, "SM+LN+G"):
-        record(replace(run, variant=variant), tmp_path, 100.0)
-    record(planned("table3", "SM+LN+G"), tmp_path, 10.0)
-    found, caption = examples("table2", tmp_path)
-    assert list(found) == ["SM+LN+G", EREG]
-    assert caption == "data/runs/pypi-small, 20M tokens of pypi-small"
+def test_figures_take_one_run_a_row(tmp_path):
+    for seed in (0, 1):
+        record(planned("table3", "SM+LN+G", seed), tmp_path, 10.0)
     record(planned("table2", "SM"), tmp_path, None, status="collapsed", tokens=1)
     found, caption = examples("table2", tmp_path)
-    assert [r.variant for r in found.values()] == list(found) == ["SM+LN+G", "SM"]
+    assert [(r.variant, r.seed) for r in found.values()] == [("SM+LN+G", 0), ("SM", 0)]
     assert caption == "data/runs/table2, 200M tokens of pypi-medium"
-    assert list(examples("table2", tmp_path, needs=[EREG])[0]) == ["SM+LN+G", EREG]
 
 
 @pytest.mark.parametrize("experiment", TABLES)
@@ -300,7 +288,7 @@ def test_the_printed_special_cases():
 def test_the_committed_records():
     for experiment in TABLES:
         table = reproduction(experiment, RECORDS)
-        assert (table["runs"] == table["planned"]).all()
+        assert table["runs"].to_dict() == {row: len(runs) for row, runs in table_runs(experiment).items()}
         assert readable(table).notna().all(axis=None)
     table = reproduction("table3", RECORDS)
     baseline = [RunRecord.load(path) for path in sorted((RECORDS / "table3").glob("SM+LN+G-seed*.json"))]
@@ -308,7 +296,7 @@ def test_the_committed_records():
     assert table.loc["SM+LN+G", "heads"] == 144
     for name in EXPERIMENTS:
         if name not in TABLES:
-            assert len(sweep(name, RECORDS)) >= len(EXPERIMENTS[name].runs)
+            assert len(sweep(name, RECORDS)) >= len(on_record(EXPERIMENTS[name].runs, RECORDS)) > 0
 
 
 def test_what_collapses_at_the_papers_rate_is_on_record_at_lower_ones():
