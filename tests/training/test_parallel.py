@@ -208,13 +208,13 @@ def test_a_torn_record_names_itself_and_again_replaces_it_with_a_word(tmp_path, 
 
 
 def test_ctrl_c_saves_the_checkpoints_of_all_and_the_same_command_goes_on(tmp_path, text):
-    small = [*SMALL, "--steps", "300", "--entropy-every", "1000"]
+    small = [*SMALL, "--steps", "150", "--entropy-every", "1000"]
     command = [sys.executable, "-m", "entropy_lib.training", "--variants", "SM", "SM+LN", "--corpus", str(text),
                "--output", str(tmp_path / "out"), "--parallel", "2", *small]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     logs = [tmp_path / "out" / f"{name}-seed0.log" for name in ("SM", "SM+LN")]
     deadline = time.monotonic() + 240
-    while not any(log.exists() and "step 60 of 300" in log.read_text() for log in logs):  # the other may start late
+    while not any(log.exists() and "step 30 of 150" in log.read_text() for log in logs):  # the other may start late
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.05)
@@ -223,13 +223,13 @@ def test_ctrl_c_saves_the_checkpoints_of_all_and_the_same_command_goes_on(tmp_pa
     assert process.returncode == 130, told
     assert told.count("is asked to save a checkpoint and stop") == 2
     saved = [log for log in logs if "run the same call again to go on from there" in log.read_text()]
-    far = [log for log in saved if "step 60 of 300" in log.read_text()]
+    far = [log for log in saved if "step 30 of 150" in log.read_text()]
     assert far
     assert len(list((tmp_path / "cache" / "runs").glob("*/checkpoint-*"))) == len(saved)
     assert command_line.main(command[3:]) == 0
-    assert [record.steps for record in load_runs(tmp_path / "out")] == [300, 300]
+    assert [record.steps for record in load_runs(tmp_path / "out")] == [150, 150]
     for log in far:
-        assert "step 60 of 300" not in log.read_text()  # it went on from the checkpoint
+        assert "step 30 of 150" not in log.read_text()  # it went on from the checkpoint
 
 
 def test_runs_are_spread_over_the_visible_gpus(tmp_path, monkeypatch):
