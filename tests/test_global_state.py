@@ -225,7 +225,7 @@ CALLS = {
     "record_entropy": lambda **_: recorded_by(MODEL_AND_TOKENIZER[0]),
     "penalty_explorer": lambda **_: explore.penalty_explorer().still(),
     "temperature_explorer": lambda **_: explore.temperature_explorer().still(),
-    "run_explorer": lambda **_: explorer("run_explorer", "step", 1),
+    "run_explorer": lambda **_: explore.run_explorer().still(),
     "cost_explorer": lambda **_: explore.cost_explorer().still(),
     "attention_inspector": lambda **_: explorer("attention_inspector", "text", "a b"),
     "training_playground": lambda corpus, **_: trained_in_the_playground(corpus),

@@ -115,6 +115,17 @@ const halves = (base64) =>
     return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));
   });
 
+// The last recorded step that is not after `step`, as an index; the first if there is none.
+const frameAt = (steps, step) => {
+  let low = 0, high = steps.length - 1;
+  while (low < high) {
+    const middle = (low + high + 1) >> 1;
+    if (steps[middle] <= step) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+};
+
 // `draw` once a frame, however often it is asked for.
 const onceAFrame = (draw) => {
   let queued = false;

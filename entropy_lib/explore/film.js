@@ -5,17 +5,6 @@ export const decoded = ({ entropy, layers, heads }) => {
   return Array.from({ length: bytes.length / size }, (_, k) => bytes.subarray(k * size, (k + 1) * size));
 };
 
-// The last recorded step that is not after `step`, as an index; the first if there is none.
-export const frameAt = (steps, step) => {
-  let low = 0, high = steps.length - 1;
-  while (low < high) {
-    const middle = (low + high + 1) >> 1;
-    if (steps[middle] <= step) low = middle;
-    else high = middle - 1;
-  }
-  return low;
-};
-
 const WIDTH = 900, HEIGHT = 262, LEFT = 44, RIGHT = 760, LOSS = { top: 20, bottom: 150 }, RATE = { top: 198, bottom: 232 };
 const FILM = `
 .entropy-maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 8px 14px; max-width: 950px }

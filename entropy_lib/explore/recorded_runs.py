@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from plotly.colors import sample_colorscale
+from traitlets import Dict, Enum, Int, List, TraitError, Unicode, observe, validate
 
 from entropy_lib.clone import CLONE
-from entropy_lib.entropy import diagnose, entropy_bands
-from entropy_lib.explore.controls import Explorer, coloured, dropdown, legible, row, slider, widgets
-from entropy_lib.explore.figures import (
-    BANDS,
-    COLLAPSE,
-    HEALTHY,
-    IN_NATS,
-    INK,
-    OVERLOAD,
-    VARIANT_COLORS,
-    go,
-    make_subplots,
-    sample_colorscale,
-)
+from entropy_lib.entropy import diagnose, entropy_bands, head_entropies
+from entropy_lib.explore.controls import legible
+from entropy_lib.explore.figures import BANDS, INK, VARIANT_COLORS, entropy_heatmaps
+from entropy_lib.explore.module import ModuleExplorer, module_source
 from entropy_lib.training.records import RunRecord, load_runs
 
 RUNS = CLONE / "data" / "runs" if CLONE else Path(__file__).with_name("example_runs")
 SIDES = ("left", "right")
 SYMBOLS = {"thresholds": "θ", "temperatures": "t", "alpha": "α", "beta": "β"}  # of a history's columns
-HEADS, BARS, LEARNED, LOSS, LAYERS = 0, 2, 6, 8, 10  # first trace of each kind; the left run's, then the right one's
-DASHES = ["solid", "4px,2px"]  # of the left run and the right one: told apart without their colours
+EXACT, COARSE = 65_535, 255  # levels of a number in two bytes, and of an entropy in one
+ROOM, STEPS = 190_000, 64  # of the page without a kernel: bytes of all histories, and steps of one
 
 
 def recorded(records: RunRecord | Sequence[RunRecord] | None) -> list[RunRecord]:
@@ -45,11 +39,6 @@ def recorded(records: RunRecord | Sequence[RunRecord] | None) -> list[RunRecord]
 
 def _rank(record: RunRecord) -> tuple:
     return record.status == "collapsed", record.seed, record.variant
-
-
-def label(record: RunRecord) -> str:
-    """A run's name in a list: `run_name`, and its folder in data/runs or size and corpus."""
-    return f"{run_name(record)} ({folder_of(record)})"
 
 
 def run_name(record: RunRecord) -> str:
@@ -84,191 +73,146 @@ def run_explorer(records: RunRecord | Sequence[RunRecord] | None = None) -> RunE
         records: run records (None for those in data/runs). Two runs are compared at the same step; where a run has no
             record of it, at its last one before.
 
-    Entropies are those of the training batch, in nats; θ and t are means over the heads of a layer. Raises ValueError
-    where there is no record.
+    Entropies are those of the training batch, in nats; θ and t are means over the heads of a layer. Without a kernel
+    the lists hold the runs that fit into the page. Raises ValueError where there is no record.
     """
     return RunExplorer(recorded(records))
 
 
-class RunExplorer(Explorer):
-    """See `run_explorer`. Controls: left and right (indices of runs), learned (which parameter), step, play, and
-    experiment, which shortens the lists, where there are several.
+class RunExplorer(ModuleExplorer):
+    """See `run_explorer`. Traits: left and right (indices of runs), step (of training), learned (which parameter).
+
+    The page has the histories of the two runs that are shown. What it says is here from the records: `shown`, `counts`,
+    `layer_means`, `learned_means`, `words`.
     """
 
+    _esm = module_source("recorded_runs")
+    runs = List(Dict()).tag(sync=True, state=True)
+    histories = Dict().tag(sync=True, state=True)
+    left_out = Int(0).tag(sync=True, state=True)  # runs that a kernel would have
+    left = Int(0, min=0).tag(sync=True, state=True)
+    right = Int(0, min=0).tag(sync=True, state=True)
+    step = Int(0, min=0).tag(sync=True, state=True)
+    learned = Enum(list(SYMBOLS), "thresholds").tag(sync=True, state=True)
+    symbols = Dict(SYMBOLS).tag(sync=True, state=True)
+    colors = List(Unicode(), sample_colorscale("Cividis", 64)).tag(sync=True, state=True)
+    shades = List(Unicode(), sample_colorscale("Purples", np.linspace(0.4, 0.8, 18))).tag(sync=True, state=True)
+    bands = Dict(BANDS).tag(sync=True, state=True)
+
     def __init__(self, records: Sequence[RunRecord]):
-        self._records, self._shown = list(records), {}
-        names = [(label(record), index) for index, record in enumerate(self._records)]
-        folders = list(dict.fromkeys(folder_of(record) for record in self._records))
-        left, right = _story(self._records)
-        play = widgets.Play(value=0, min=0, max=1, interval=400)
-        play.add_class("entropy-play")
-        controls = {
-            "left": dropdown("left", "left", names, left),
-            "right": dropdown("right", "right", names, right),
-            "step": slider("step", "training step", 0, 0, 0, 1, width="420px"),
-            "learned": dropdown("learned", "learned", [(symbol, column) for column, symbol in SYMBOLS.items()]),
+        self.records, self._packed = list(records), {}
+        left, right = _story(self.records)
+        super().__init__(runs=[_named(record) for record in self.records], left=left, right=right)
+        self._hand_over()
+
+    @validate("left", "right")
+    def _one_of_them(self, proposal):
+        if proposal["value"] >= len(self.records):
+            raise TraitError(f"{proposal['trait'].name} is an index of {len(self.records)} records")
+        return proposal["value"]
+
+    @observe("left", "right")
+    def _hand_over(self, change=None):
+        for index in (self.left, self.right):
+            if index not in self._packed:
+                self._packed[index] = _history(self.records[index], np.arange(len(self.records[index].history)), EXACT)
+        self.histories = {str(index): self._packed[index] for index in (self.left, self.right)}
+
+    def state(self) -> dict:
+        """What the page has without a kernel: the runs shown, one of each known variant, and others, up to `ROOM`."""
+        kept, room, variants = {}, ROOM, [record.variant for record in self.records]
+        firsts = sorted(variants.index(variant) for variant in VARIANT_COLORS if variant in variants)
+        for index in dict.fromkeys([self.left, self.right, *firsts, *range(len(self.records))]):
+            rows = len(self.records[index].history)
+            every = math.ceil(rows / STEPS)
+            history = _history(self.records[index], np.unique([*range(0, rows, every), rows - 1]), COARSE)
+            room -= len(json.dumps(history))
+            if room < 0 and index not in (self.left, self.right):
+                break
+            kept[index] = history
+        order = sorted(kept)
+        return super().state() | {
+            "runs": [self.runs[index] for index in order],
+            "histories": {str(place): kept[index] for place, index in enumerate(order)},
+            "left": order.index(self.left),
+            "right": order.index(self.right),
+            "left_out": len(self.runs) - len(order),
         }
-        self.play = play
-        rows = [["left", "right"], ["step", row(play), "learned"]]
-        if len(folders) > 1:
-            choices = [("all", None), *((folder, folder) for folder in folders)]
-            controls["experiment"] = dropdown(
-                "experiment", "experiment", choices, tip="only runs of this folder of data/runs"
-            )
-            rows.insert(0, ["experiment"])
-        super().__init__(_figure(max(len(record.entropy) for record in records)), controls, rows)
-        self._link = widgets.jslink((play, "value"), (controls["step"], "value"))
 
     def shown(self, side: str) -> tuple[RunRecord, int]:
         """(record, row of its history) on a side, "left" or "right"."""
-        record = self._records[self.controls[side].value]
-        steps = record.history["step"].to_numpy()
-        return record, max(int(np.searchsorted(steps, self.controls["step"].value, side="right")) - 1, 0)
+        record = self.records[getattr(self, side)]
+        return record, max(int(record.history["step"].searchsorted(self.step, side="right")) - 1, 0)
 
-    def draw(self, changed: str | None) -> None:
-        if changed == "experiment":
-            self._choose_from(self.controls["experiment"].value)
-            changed = "left"
-        if changed in (None, *SIDES):
-            self._set_steps([self._records[self.controls[side].value] for side in SIDES], opening=changed is None)
-        shown = {side: self.shown(side) for side in SIDES}
-        if changed in (None, *SIDES):
-            self._draw_curves([record for record, _ in shown.values()])
-        if changed in (None, *SIDES, "learned"):
-            self._draw_learned([record for record, _ in shown.values()])
-        words, bands, data = [], [], self.figure.data
-        for n, (side, (record, index)) in enumerate(shown.items()):
-            now = record.history.iloc[index]
-            entropy = np.array(now["entropy"])
-            bands.append([100 * share for share in entropy_bands(entropy).tolist()])
-            if self._shown.get(side) != (self.controls[side].value, index):
-                self._shown[side] = (self.controls[side].value, index)
-                data[HEADS + n].z = entropy
-            states = {state: int(heads.sum()) for state, heads in diagnose(entropy, record.context_length).items()}
-            collapsed = coloured(f"{states['collapsed']} collapsed", COLLAPSE)
-            overloaded = coloured(f"{states['overloaded']} overloaded", OVERLOAD)
-            text = f"<b>{record.variant}</b> at step {now['step']}: loss {now['loss']:.3f} · {collapsed} · "
-            words.append(text + f"{states['healthy']} healthy · {overloaded}")
-        for bar, shares in zip(data[BARS:LEARNED], zip(*bands, strict=True), strict=True):
-            bar.x = shares
-        for cursor in self.figure.layout.shapes:
-            cursor.update(x0=self.controls["step"].value, x1=self.controls["step"].value)
-        self.say("<br>".join(words))
+    def words(self) -> str:
+        """What the explorer says of the two runs, a line each."""
+        lines = []
+        for record, row in map(self.shown, SIDES):
+            now = record.history.iloc[row]
+            loss = f"{now['loss']:.3f}" if math.isfinite(now["loss"]) else "not finite"
+            states, _ = counts(now["entropy"], record.context_length)
+            heads = " · ".join(f"{count} {state}" for state, count in states.items())
+            lines.append(f"{record.variant} at step {now['step']}: loss {loss} · {heads}")
+        return "\n".join(lines)
 
-    def _choose_from(self, folder: str | None) -> None:
-        chosen = [i for i, record in enumerate(self._records) if folder in (None, folder_of(record))]
-        for side, place in zip(SIDES, _story([self._records[i] for i in chosen]), strict=True):
-            self.controls[side].options = [(label(self._records[i]), i) for i in chosen]
-            self.controls[side].value = chosen[place]
-
-    def _set_steps(self, records: list[RunRecord], opening: bool) -> None:
-        """The slider ends with the longer run and moves as often as the runs recorded: every key shows something."""
-        steps = [record.history["step"].to_numpy() for record in records]
-        last = max(int(column[-1]) for column in steps)
-        stride = max(min((int(np.median(np.diff(column))) for column in steps if len(column) > 1), default=1), 1)
-        step = self.controls["step"]
-        value = last if step.value == step.max else min(step.value, last)  # who looks at the end stays there
-        value = 0 if opening else value
-        for control in (step, self.play):
-            control.max, control.step, control.value = last, stride, value
-
-    def _draw_curves(self, records: list[RunRecord]) -> None:
-        """What depends on the runs, not on the step: names, axes, curves of layers and losses."""
-        data, layout = self.figure.data, self.figure.layout
-        top = max(math.log(record.context_length) for record in records)
-        ticks = [*range(math.ceil(top - 0.35)), top]
-        layout.coloraxis.cmax = top
-        layout.coloraxis.colorbar.update(tickvals=ticks, ticktext=[*map(str, ticks[:-1]), f"{top:.2f}"])
-        last = max(int(record.history["step"].iloc[-1]) for record in records)
-        deepest = max(len(record.entropy) for record in records)
-        shades = sample_colorscale("Plasma", [0.1 + 0.7 * layer / max(deepest - 1, 1) for layer in range(deepest)])
-        for n, record in enumerate(records):
-            layers, heads = np.array(record.entropy).shape
-            color = legible(VARIANT_COLORS.get(record.variant, INK))
-            layout.annotations[n].update(text=f"<b>{record.variant}</b>", font_color=color)
-            layout[f"xaxis{n + 1}"].update(range=[-0.5, heads - 0.5], dtick=1 + (heads > 8))
-            layout[f"yaxis{n + 1}"].update(range=[layers - 0.5, -0.5], dtick=1 + (layers > 8))
-            layout[f"yaxis{n + 3}"].range = [0, top]
-            steps, entropy = record.entropy_history()
-            for layer, curve in enumerate(data[LAYERS + n :: 2]):  # a shallower run leaves some empty
-                inside = layer < layers
-                curve.update(x=steps if inside else [], y=entropy[:, layer].mean(-1) if inside else [])
-                curve.line.color = shades[min(layer, deepest - 1)]
-            data[LOSS + n].update(x=steps, y=record.history["loss"].to_numpy(), name=record.variant)
-            data[LOSS + n].line.color = color
-        for axis in ("axis3", "axis4", "axis5", "axis6"):
-            layout[f"x{axis}"].range = [0, last]
-        layout.annotations[3].text = f"dark: layer 0 · bright: layer {deepest - 1}"
-        layout.yaxis7.ticktext = [record.variant for record in records]
-
-    def _draw_learned(self, records: list[RunRecord]) -> None:
-        """The learned parameter by layer and step, mean over heads; nothing for a run that has none."""
-        column, found = self.controls["learned"].value, False
-        for n, record in enumerate(records):
-            rows = [(step, value) for step, value in zip(record.history["step"], record.history[column], strict=True)]
-            rows = [(step, np.array(value, dtype=float)) for step, value in rows if isinstance(value, list)]
-            values = np.array([value.reshape(len(value), -1).mean(-1) for _, value in rows]).reshape(
-                len(rows), -1 if rows else 0
-            )
-            found |= bool(rows)
-            layers = values.shape[1]  # one line a layer in one trace, parted by gaps
-            x = [*(step for step, _ in rows), None] * layers
-            y = [value for layer in values.T.tolist() for value in (*layer, None)]
-            self.figure.data[LEARNED + n].update(x=x, y=y, customdata=np.repeat(range(layers), len(rows) + 1))
-            self.figure.data[LEARNED + n].line.color = legible(VARIANT_COLORS.get(record.variant, INK))
-        self.figure.layout.annotations[2].text = "" if found else "neither run learned it"
-        self.figure.layout.yaxis5.title.text = f"learned {SYMBOLS[column]} by layer"
+    def still(self):
+        """The maps of the two runs at the step that is shown, as a figure."""
+        shown = [self.shown(side) for side in SIDES]
+        maps = {run_name(record): head_entropies(record.history["entropy"].iloc[row]) for record, row in shown}
+        longest = max(record.context_length for record, _ in shown)
+        return entropy_heatmaps(maps, longest, f"Entropy of every head at step {self.step:,}")
 
 
-def _figure(layers: int) -> go.Figure:
-    """Traces: two HEADS, four BARS, two LEARNED, two LOSS; LAYERS, left and right in turn, one pair a layer."""
-    specs = [[{}, {}], [{}, {}], [{}, {}], [{"colspan": 2}, None]]
-    gaps = {"horizontal_spacing": 0.1, "vertical_spacing": 0.085, "row_heights": [0.38, 0.24, 0.24, 0.14]}
-    figure = make_subplots(4, 2, specs=specs, **gaps)
-    hover = "layer %{y}, head %{x}<br>%{z:.3g} nats<extra></extra>"
-    for col in (1, 2):
-        look = {"coloraxis": "coloraxis", "xgap": 2, "ygap": 2, "hovertemplate": hover}
-        figure.add_heatmap(z=[[0]], **look, row=1, col=col)
-        figure.add_annotation(text="", x=0, y=1, xref=f"x{col if col > 1 else ''} domain", xanchor="left",
-                              yref=f"y{col if col > 1 else ''} domain", yanchor="bottom", showarrow=False)  # fmt: skip
-    for name, color in BANDS.items():
-        hover = "%{x:.0f}% of heads " + name + "<extra></extra>"
-        look = {"marker": {"color": color, "line": {"width": 0}}, "orientation": "h", "hovertemplate": hover}
-        figure.add_bar(x=[0, 0], y=[0, 1], name=name, **look, row=4, col=1)
-    line = {"mode": "lines", "line": {"width": 1.3, "color": HEALTHY}, "showlegend": False}
-    for n in (0, 1):
-        dash = {"line": {"width": 1.3, "dash": DASHES[n]}}
-        hover = "layer %{customdata}, step %{x}: %{y:.4g}<extra></extra>"
-        figure.add_scatter(**{**line, **dash}, hovertemplate=hover, row=3, col=1)
-    for n in (0, 1):
-        dash = {"line": {"width": 2, "dash": DASHES[n]}}
-        figure.add_scatter(**{**line, **dash}, hovertemplate="step %{x}: %{y:.3f}<extra></extra>", row=3, col=2)
-    for layer in range(layers):
-        look = {"mode": "lines", "line": {"width": 1.6}, "showlegend": False}
-        hover = f"layer {layer}, step %{{x}}: %{{y:.3g}} nats<extra></extra>"
-        for col in (1, 2):
-            figure.add_scatter(**look, hovertemplate=hover, row=2, col=col)
-    words = {"text": "", "x": 0.5, "y": 0.5, "xref": "x5 domain", "yref": "y5 domain", "showarrow": False}
-    figure.add_annotation(**words)
-    notes = {"x": 1, "y": 1, "xanchor": "right", "yanchor": "bottom", "showarrow": False}
-    for axis, text in ((4, ""), (6, "solid: left run · dashed: right run")):
-        figure.add_annotation(text=text, xref=f"x{axis} domain", yref=f"y{axis} domain", **notes)
-    for axis in ("x3", "x4"):  # through the second and the third row
-        ends = {"x0": 0, "x1": 0, "y0": figure.layout.yaxis5.domain[0], "y1": figure.layout.yaxis3.domain[1]}
-        figure.add_shape(type="line", line={"color": OVERLOAD, "width": 2}, xref=axis, yref="paper", **ends)
-    bare = {"showline": False, "showgrid": False, "ticks": ""}
-    figure.update_xaxes(title_text="head", title_standoff=2, **bare, row=1).update_yaxes(**bare, row=1)
-    figure.update_yaxes(title_text="layer", row=1, col=1)
-    figure.update_yaxes(title_text="layer entropy (nats)", row=2, col=1)
-    figure.update_yaxes(title_text="loss (nats)", title_standoff=4, row=3, col=2)
-    figure.update_yaxes(title_standoff=4, nticks=5, row=3)
-    figure.update_xaxes(showticklabels=False, row=2)  # those below it are the same
-    figure.update_xaxes(title_text="training step", title_standoff=2, row=3)
-    figure.update_xaxes(title_text="share of heads by quarter of the largest head entropy (%)", range=[0, 100], row=4)
-    figure.update_yaxes(tickvals=[0, 1], range=[1.5, -0.5], ticks="", showgrid=False, row=4)
-    bar = {"title": IN_NATS, "thickness": 10, "outlinewidth": 0, "len": 0.36, "y": 0.83}
-    figure.update_layout(coloraxis={"colorscale": "Cividis", "cmin": 0, "colorbar": bar}, barmode="stack", bargap=0.3)
-    legend = {"orientation": "h", "x": 0, "y": -0.09, "yanchor": "top", "traceorder": "normal"}
-    title = "<b>What a run’s final loss hides, its heads show on the way</b>"
-    margin = {"l": 156, "r": 12, "t": 64, "b": 76}  # names of variants are left of the bars
-    return figure.update_layout(title_text=title, height=900, margin=margin, legend=legend)
+def counts(entropy, context_length: int) -> tuple[dict[str, int], list[float]]:
+    """Heads [L, H] by state, as `diagnose` counts them, and their shares in the four bands, in percent."""
+    states = {state: int(heads.sum()) for state, heads in diagnose(entropy, context_length).items()}
+    return states, [round(100 * share, 2) if share == share else 0.0 for share in entropy_bands(entropy).tolist()]
+
+
+def learned_means(record: RunRecord, column: str) -> np.ndarray | None:
+    """A learned parameter by recorded step and layer, [N, L], mean over heads; NaN between records, None for none."""
+    values = [np.atleast_1d(np.array(value, dtype=float)) for value in record.history[column]]  # None becomes [NaN]
+    layers = max(len(value) for value in values)
+    means = [masked_mean(value.reshape(len(value), -1)) if len(value) == layers else [math.nan] * layers
+             for value in values]  # fmt: skip
+    return None if np.isnan(means).all() else np.array(means)
+
+
+def masked_mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the last dimension of what is not NaN; NaN where there is nothing."""
+    return np.ma.masked_invalid(values).mean(-1).filled(math.nan)
+
+
+def _named(record: RunRecord) -> dict:
+    color = legible(VARIANT_COLORS.get(record.variant, INK))
+    return {"name": run_name(record), "group": folder_of(record), "variant": record.variant, "color": color}
+
+
+def _history(record: RunRecord, rows: np.ndarray, levels: int) -> dict:
+    """Rows of a run's history for the page, entropies in so many levels."""
+    table, ceiling = record.history.iloc[rows], math.log(record.context_length)
+    entropy = np.stack([head_entropies(heads).numpy() for heads in table["entropy"]])  # [N, L, H]
+    counted = [counts(heads, record.context_length) for heads in table["entropy"]]
+    learned = {column: learned_means(record, column) for column in SYMBOLS}
+    return {
+        "layers": entropy.shape[1],
+        "heads": entropy.shape[2],
+        "ceiling": ceiling,
+        "steps": table["step"].tolist(),
+        "loss": [loss if math.isfinite(loss) else None for loss in table["loss"]],
+        "entropy": _levels(entropy, 0.0, ceiling, levels),
+        "states": [list(states.values()) for states, _ in counted],
+        "bands": [shares for _, shares in counted],
+        "learned": {
+            column: _levels(values[rows], float(np.nanmin(values[rows])), float(np.nanmax(values[rows])), EXACT)
+            for column, values in learned.items()
+            if values is not None
+        },
+    }
+
+
+def _levels(values: np.ndarray, low: float, high: float, levels: int) -> dict:
+    """Numbers as whole shares of low to high, one byte each or, from 256 levels on, two; the highest level is NaN."""
+    shares = np.clip((values - low) / ((high - low) or 1), 0, 1) * (levels - 1)
+    whole = np.where(np.isnan(values), levels, np.rint(shares)).astype("<u2" if levels > COARSE else "u1")
+    return {"low": low, "high": high, "levels": levels, "data": base64.b64encode(whole.tobytes()).decode()}

@@ -5,14 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from window import MARKS, Window
+from window import MARKS, Window, runs_as_recorded
 
-from entropy_lib import (
-    diagnose,
-    entropy_bands,
-    record_entropy,
-)
-from entropy_lib.explore.recorded_runs import label, recorded
+from entropy_lib import record_entropy
+from entropy_lib.explore import run_explorer
+from entropy_lib.explore.recorded_runs import recorded
 from entropy_lib.explore.tiny_model import load_tiny_model
 
 
@@ -50,29 +47,26 @@ def test_every_slider_has_the_name_that_is_beside_it(page, name):
 
 
 def test_runs(page, records):
-    window = Window(page, "runs")
-    deeper = next(i for i, r in enumerate(records) if (r.size, r.status) == ("gpt2-18l", "finished"))
-    sides = [1, deeper]
-    for side, index in zip(("left", "right"), sides, strict=True):
-        record = records[index]
-        window.choose(side, label(record))
-    window.drag("step", 0.4)
-    window.press("step", "ArrowLeft", 1)
-    step, traces = window.readout("step"), window.traces()
-    words = window.status()
-    for n, index in enumerate(sides):
-        history = records[index].history
-        now = history[history["step"] <= step].iloc[-1]
-        np.testing.assert_allclose(traces[n]["z"], now["entropy"])
-        shares = [bar["x"][n] for bar in traces[2:6]]
-        np.testing.assert_allclose(shares, 100 * entropy_bands(np.array(now["entropy"])), rtol=1e-5)
-        np.testing.assert_allclose(traces[8 + n]["y"], history["loss"])
-        curves, depth = [trace["y"] for trace in traces[10 + n :: 2]], len(records[index].entropy)
-        assert not any(map(len, curves[depth:]))
-        np.testing.assert_allclose(np.transpose(curves[:depth]), np.array(history["entropy"].tolist()).mean(-1))
-        collapsed = int(diagnose(now["entropy"], records[index].context_length)["collapsed"].sum())
-        assert f"step {now['step']}: loss {now['loss']:.3f} · {collapsed} collapsed" in words
-    assert window.layout("shapes.0.x0") == step
+    """A run that the page did not have comes from the kernel, with another number of layers too."""
+    root = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-right)")
+    root.scroll_into_view_if_needed()
+    explorer = run_explorer(records)
+    explorer.left = 1
+    explorer.right = next(i for i, r in enumerate(records) if (r.size, r.status) == ("gpt2-18l", "finished"))
+    root.locator(".entropy-left").focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowDown")
+    root.locator(".entropy-right").select_option(str(explorer.right))
+    for side in ("left", "right"):
+        root.locator(".entropy-status", has_text=explorer.shown(side)[0].variant + " at step").wait_for()
+    track = root.locator(".entropy-step").bounding_box()
+    page.mouse.click(track["x"] + 0.2 * track["width"], track["y"] + track["height"] / 2)
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_timeout(500)
+    explorer.step = int(root.locator("output").inner_text())
+    assert 0 < explorer.step < explorer.shown("right")[0].history["step"].iloc[-1]
+    root.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    runs_as_recorded(root, explorer, levels=65_535)
 
 
 def test_inspector(page):

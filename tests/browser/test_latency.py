@@ -8,7 +8,7 @@ from window import MARKS, OUTPUT, Window
 
 PRESSES = 20
 BOUND = 500  # ms: machines of a CI are shared and slow; beside two busy loops medians were up to 230
-CONTROLS = {"runs": "step", "playground": "show", "inspector": "position"}
+CONTROLS = {"playground": "show", "inspector": "position"}
 
 
 @pytest.fixture(scope="module")
@@ -25,8 +25,6 @@ def test_a_key_press_redraws_soon(page, name, report):
     window = Window(page, name)
     if name == "playground":  # which draws nothing anew but the run that is shown
         make_two_runs(window)
-    if name == "runs":  # which opens at the first step
-        window.press("step", "End")
     window.settle(1000)
     window.figure.evaluate("figure => lab.watch(figure)")
     window.control(CONTROLS[name]).focus()

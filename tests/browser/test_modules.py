@@ -11,12 +11,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from window import OUTPUT
+from window import OUTPUT, runs_as_recorded
 
 from entropy_lib.clone import CLONE
-from entropy_lib.explore import collapse_film, cost_explorer, penalty_explorer, temperature_explorer, tug_of_war
+from entropy_lib.explore import (
+    collapse_film,
+    cost_explorer,
+    penalty_explorer,
+    run_explorer,
+    temperature_explorer,
+    tug_of_war,
+)
 from entropy_lib.explore.pricing import CHOICES
-from entropy_lib.explore.recorded_runs import recorded
+from entropy_lib.explore.recorded_runs import learned_means, recorded
 from entropy_lib.training.records import load_runs
 
 FRAME = 33  # ms from an input event to the frame after it: two frames, since machines of a CI are shared
@@ -143,6 +150,121 @@ def test_the_penalty_explorer_moves_without_a_kernel(open_html):
     explorer.weight = 1e-7
     says()
     assert page.locator("circle").count() == 2 * 144
+    assert page.errors == []
+
+
+@pytest.fixture(scope="module")
+def recorded_runs():
+    """Two runs that learned θ or nothing, one that ended early, one of 18 layers, one with static heads."""
+    found = {(record.path.parent.name, record.variant): record for record in recorded(None) if not record.seed}
+    wanted = [("table3", "SM+ScFuFFN"), ("table3", "EReg(SM(t)+ScFuFFN)"), ("table2", "SM"), ("table8", "SM+ScFuFFN")]
+    return [found[key] for key in wanted] + [found["66M", "EReg(SM(3)+LN(a)+R+V)"]]
+
+
+def test_the_run_module_reads_what_is_on_record(open_html, recorded_runs):
+    explorer = run_explorer(recorded_runs)
+    page = open_html(explorer)
+    for index, record in enumerate(recorded_runs):
+        explorer.left = index
+        for sent, atol in ((explorer.histories[str(index)], 4e-5), (explorer.state()["histories"][str(index)], 0.0096)):
+            found = page.evaluate(
+                """async ([source, history]) => {
+                    const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+                    const { entropy, means, learned } = module.series(history);
+                    const all = Object.entries({ entropy, means, ...learned });
+                    return Object.fromEntries(all.map(([name, values]) => [name, [...values]]));
+                }""",
+                [str(explorer._esm), sent],
+            )
+            entropy = record.entropy_history()[1]
+            means = [[[heads[~np.isnan(heads)].mean() for heads in layers]] for layers in entropy]
+            np.testing.assert_allclose(found.pop("entropy"), entropy.ravel(), atol=atol)
+            np.testing.assert_allclose(found.pop("means"), np.ravel(means), atol=atol)
+            learned = {column: learned_means(record, column) for column in explorer.symbols}
+            assert set(found) == {column for column, values in learned.items() if values is not None}
+            for column, values in found.items():
+                span = np.ptp(learned[column]) or 1
+                np.testing.assert_allclose(values, learned[column].ravel(), atol=span / 1e5)
+
+
+def test_the_run_explorer_moves_without_a_kernel(open_html, recorded_runs):
+    explorer = run_explorer(recorded_runs[:4])
+    page = open_html(explorer)
+    says = lambda: page.locator(".entropy-status", has_text=explorer.words()).wait_for()  # noqa: E731
+    position = page.locator(".entropy-step")
+    says()
+    runs_as_recorded(page, explorer, levels=254)
+    assert page.locator(".entropy-more").count() == 0
+    assert position.get_attribute("aria-valuetext") == "step 1"
+    position.focus()
+    for key in ("ArrowRight", "ArrowRight", "PageUp", "ArrowLeft", "End"):  # each shows another record
+        before = explorer.step
+        page.keyboard.press(key)
+        page.wait_for_function("step => document.querySelector('output').textContent !== String(step)", arg=before)
+        explorer.step = int(page.locator("output").inner_text())
+        says()
+    assert explorer.step == explorer.shown("left")[0].history["step"].iloc[-1]
+    for column in ("temperatures", "alpha", "beta", "thresholds"):
+        page.locator(".entropy-learned").select_option(column)
+        explorer.learned = column
+        page.get_by_text(f"learned {explorer.symbols[column]} by layer").wait_for()
+        runs_as_recorded(page, explorer, levels=254)
+    page.locator(".entropy-left").select_option("3")  # 18 layers, fewer steps: who was at the end stays at the other's
+    explorer.left = 3
+    page.get_by_text("dark: layer 17").wait_for()
+    says()
+    page.locator(".entropy-right").select_option("2")  # 12 layers that ended early: who was at the end stays there
+    explorer.right = 2
+    explorer.step = max(int(record.history["step"].iloc[-1]) for record, _ in map(explorer.shown, ("left", "right")))
+    says()
+    page.get_by_text("neither run learned it").wait_for()
+    runs_as_recorded(page, explorer, levels=254)
+    page.locator(".entropy-left").select_option("2")
+    explorer.left = 2
+    page.get_by_text("dark: layer 11").wait_for()
+    strokes = page.locator("svg .entropy-layer").evaluate_all("all => all.map((path) => path.getAttribute('stroke'))")
+    assert strokes[11] == strokes[23] == explorer.shades[-1]  # the shades span the layers that are shown
+    assert strokes[0] == explorer.shades[0]
+    page.locator(".entropy-cell").nth(144 + 17).hover()
+    entropy = np.array(recorded_runs[2].history["entropy"].iloc[-1])[1, 5]
+    told = page.get_by_text("layer 1, head 5: ").text_content()
+    assert float(told.split(": ")[1].split()[0]) == pytest.approx(entropy, abs=0.06)
+    assert page.errors == []
+
+
+def test_the_run_explorer_plays_and_says_what_it_leaves_out(open_html):
+    explorer = run_explorer()
+    page, state = open_html(explorer), explorer.state()
+    page.get_by_text(f"{state['left_out']} more with a kernel").wait_for()
+    for side in ("left", "right"):
+        listed = page.locator(f".entropy-{side} option").all_text_contents()
+        assert sorted(listed) == sorted(run["name"] for run in state["runs"])
+        groups = page.locator(f".entropy-{side} optgroup").evaluate_all("all => all.map(({ label }) => label)")
+        assert groups == list(dict.fromkeys(run["group"] for run in state["runs"]))
+    page.locator(".entropy-play").click()
+    page.wait_for_function("() => Number(document.querySelector('output').textContent) > 100")
+    assert page.locator(".entropy-status").get_attribute("aria-live") == "off"
+    frames = page.evaluate(
+        """async () => {
+            const start = performance.now();
+            let count = 0;
+            for (; performance.now() - start < 1000; count++) await new Promise(requestAnimationFrame);
+            return count;
+        }"""
+    )
+    assert frames > 30
+    page.locator(".entropy-play").click()
+    explorer.step = int(page.locator("output").inner_text())
+    page.wait_for_timeout(400)
+    assert explorer.step == int(page.locator("output").inner_text())
+    page.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    page.locator(".entropy-step").focus()
+    page.keyboard.press("End")
+    page.locator(".entropy-play").click()  # from the start again
+    page.wait_for_function("() => Number(document.querySelector('output').textContent) < 1000")
+    page.locator(".entropy-step").focus()
+    page.keyboard.press("ArrowRight")  # which stops it
+    page.locator(".entropy-play", has_text="play").wait_for()
     assert page.errors == []
 
 
@@ -378,10 +500,10 @@ def test_the_film_shows_the_record_s_numbers(open_html, film):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "cost"])
+@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "runs", "cost"])
 def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
     film.step = 200
-    explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer}
+    explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer, "runs": run_explorer}
     page = open_html((explorers | {"temperature": temperature_explorer, "cost": cost_explorer})[name]())
     if scheme == "dark":
         page.evaluate("document.body.style = 'background: #111111; color: #EEEEEE'")
@@ -394,12 +516,14 @@ def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
 
 
 def test_a_frame_follows_the_hand(open_html, film):
-    latencies = {}
+    latencies, runs = {}, run_explorer()
+    runs.step = 1000
     explorers = {
         "tug_of_war": (tug_of_war(), "theta"),
         "film": (film, "step"),
         "penalty": (penalty_explorer(), "theta"),
         "temperature": (temperature_explorer(), "t"),
+        "runs": (runs, "step"),
         "cost": (cost_explorer(), "layers"),
     }
     for name, (explorer, control) in explorers.items():

@@ -5,7 +5,7 @@ import pytest
 from conftest import GIVEN_UP
 from window import Window
 
-from entropy_lib.explore import run_explorer
+from entropy_lib.explore import attention_inspector
 
 AT_ONCE = """() => {
   const timeout = AbortSignal.timeout;
@@ -27,12 +27,11 @@ def no_time_to_start(page):
 
 def test_changes_arrive_at_a_figure_that_anywidget_gave_up(page, no_time_to_start):
     with page.expect_event("pageerror") as event:
-        page.evaluate("lab.runCell('runs = run_explorer()')")
+        page.evaluate("lab.runCell('inspector = attention_inspector()')")
     assert GIVEN_UP in str(event.value)
-    window = Window(page, "runs")
-    shown, _ = run_explorer().shown("left")
+    window = Window(page, "inspector")
+    attention = attention_inspector().reading.attention
     for key in ("End", "ArrowLeft"):
-        window.press("step", key)
-        history = shown.history
-        now = history[history["step"] <= window.readout("step")].iloc[-1]
-        np.testing.assert_allclose(window.traces()[0]["z"], now["entropy"])
+        window.press("head", key)
+        layer, head = (int(window.readout(name)) for name in ("layer", "head"))
+        np.testing.assert_allclose(window.traces()[5]["z"], attention[layer, head], rtol=1e-6)

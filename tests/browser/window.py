@@ -1,9 +1,17 @@
 """One explorer in the page: its controls by keyboard and mouse, its figure's data as the browser holds them."""
 
+import math
+import re
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from entropy_lib import entropy_bands
+from entropy_lib.explore.recorded_runs import learned_means
+
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "browser"
-MARKS = {"runs": "play", "playground": "learning_rate", "inspector": "text"}  # a control that only this explorer has
+MARKS = {"playground": "learning_rate", "inspector": "text"}  # a control that only this explorer has
 
 
 class Window:
@@ -15,9 +23,6 @@ class Window:
 
     def traces(self) -> list[dict]:
         return self.figure.evaluate("figure => lab.traces(figure)")
-
-    def layout(self, path: str):
-        return self.figure.evaluate("(figure, path) => path.split('.').reduce((o, k) => o[k], figure.layout)", path)
 
     def status(self) -> str:
         return self.root.locator(".entropy-status").inner_text()
@@ -38,28 +43,55 @@ class Window:
             self.page.keyboard.press(key)
         self.settle()
 
-    def choose(self, name: str, label: str):
-        """An item of a list, by arrow keys from its top."""
-        select = self.control(name)
-        labels = self._texts(select.locator("option"))
-        select.focus()
-        self.page.keyboard.press("Home")
-        for _ in range(labels.index(label)):
-            self.page.keyboard.press("ArrowDown")
-        self.settle()
-        assert self._texts(select.locator("option:checked")) == [label]
 
-    @staticmethod
-    def _texts(items) -> list[str]:
-        return [text.replace("\u00a0", " ") for text in items.all_text_contents()]  # ipywidgets writes such blanks
+def runs_as_recorded(root, explorer, levels: int):
+    """Whether the run explorer's marks in the page stand where the records of the runs say, with so many levels."""
+    drawn = lambda kind, name: root.locator(f"svg .entropy-{kind}").evaluate_all(  # noqa: E731
+        "(all, name) => all.map((mark) => mark.getAttribute(name))", name
+    )
+    shown = [explorer.shown(side) for side in ("left", "right")]
+    last = max(int(record.history["step"].iloc[-1]) for record, _ in shown)
+    top = max(math.log(record.context_length) for record, _ in shown)
+    fills, parts = drawn("cell", "fill"), drawn("band", "width")
+    curves, losses, learnt = (drawn(kind, "d") for kind in ("layer", "loss", "learnt"))
+    texts = root.locator("svg text").all_text_contents()
+    starts = [losses_of(record)[0] for record, _ in shown]
+    highest = math.ceil(max(starts))
+    lowest = math.floor(min(min(losses_of(record)) for record, _ in shown))
+    means = [learned_means(record, explorer.learned) for record, _ in shown]
+    found = np.concatenate([values.ravel() for values in means if values is not None] or [np.zeros(0)])
+    low, span = (found.min(), np.ptp(found)) if len(found) else (0, 1)
+    for side, (record, row) in enumerate(shown):
+        steps, entropy = record.entropy_history()
+        assert texts.count(record.variant) >= 2  # over the map and beside the bar
+        here, fills = fills[: entropy[row].size], fills[entropy[row].size :]
+        shades = [explorer.colors.index(fill) for fill in here]
+        np.testing.assert_allclose(shades, entropy[row].ravel() / top * 63, atol=0.51 + 32 / levels)
+        bands = [float(width) for width in parts[4 * side : 4 * side + 4]]
+        np.testing.assert_allclose(bands, 690 * entropy_bands(entropy[row]).numpy(), atol=0.04)
+        here, curves = curves[: entropy.shape[1]], curves[entropy.shape[1] :]
+        left = (46, 496)[side]
+        for d, layer in zip(here, entropy.mean(-1).T, strict=True):
+            x, y = places(d)
+            np.testing.assert_allclose(x, left + 394 * steps / last, atol=0.06)
+            np.testing.assert_allclose(y, 372 - 90 * layer / top, atol=0.06 + 45 / levels)
+        _, y = places(losses[side])
+        heights = np.minimum(losses_of(record), highest)
+        np.testing.assert_allclose(y, 496 - 84 * (heights - lowest) / (highest - lowest), atol=0.06)
+        if means[side] is not None:
+            here, learnt = learnt[: entropy.shape[1]], learnt[entropy.shape[1] :]
+            for d, layer in zip(here, means[side].T, strict=True):
+                np.testing.assert_allclose(places(d)[1], 493 - 78 * (layer - low) / span, atol=0.06)
+    assert (fills, curves, learnt) == ([], [], [])
+    assert ("neither run learned it" in texts) == (not len(found))
+    for x, left in zip(drawn("cursor", "x1"), (46, 496), strict=True):
+        assert float(x) == pytest.approx(left + 394 * explorer.step / last)
 
-    def drag(self, name: str, share: float):
-        """Move a slider's handle with the mouse, to a share of the track."""
-        slider = self.root.locator(f".entropy-{name}")
-        handle, track = (slider.locator(f".noUi-{part}").bounding_box() for part in ("handle", "base"))
-        y = handle["y"] + handle["height"] / 2
-        self.page.mouse.move(handle["x"] + handle["width"] / 2, y)
-        self.page.mouse.down()
-        self.page.mouse.move(track["x"] + share * track["width"], y, steps=8)
-        self.page.mouse.up()
-        self.settle()
+
+def losses_of(record) -> list[float]:
+    return [loss for loss in record.history["loss"] if math.isfinite(loss)]
+
+
+def places(d: str) -> np.ndarray:
+    """Coordinates of a path, [2, n]."""
+    return np.array([[float(number) for number in point.split()] for point in re.split("[ML]", d)[1:]]).T

@@ -1,0 +1,249 @@
+// Two recorded runs side by side at one training step: maps of heads, means of layers, what was learned, loss, bands.
+// Numbers from whole shares of `low` to `high`; the highest level stands for none, a static head's, say.
+export const unpacked = ({ low, high, levels, data }) => {
+  const raw = bytes(data), whole = levels > 255 ? new Uint16Array(raw) : new Uint8Array(raw);
+  return Float64Array.from(whole, (level) => (level === levels ? NaN : low + ((high - low) * level) / (levels - 1)));
+};
+
+// Of a history, what is drawn of all steps: entropy [N, layers, heads], its means over the softmax heads of a layer and
+// those of the learned parameters over the heads, both [N, layers].
+export const series = (history) => {
+  const { layers, heads, steps } = history, entropy = unpacked(history.entropy);
+  const means = Float64Array.from({ length: steps.length * layers }, (_, row) => {
+    const real = entropy.subarray(row * heads, (row + 1) * heads).filter((E) => !Number.isNaN(E));
+    return real.reduce((sum, E) => sum + E, 0) / real.length; // NaN of none
+  });
+  const learned = Object.entries(history.learned).map(([column, packed]) => [column, unpacked(packed)]);
+  const digits = history.entropy.levels > 255 ? 2 : 1; // that are certain
+  return { ...history, digits, entropy, means, learned: Object.fromEntries(learned) };
+};
+
+const SIDES = ["left", "right"], DASHES = ["none", "5 3"], STATES = ["collapsed", "healthy", "overloaded"];
+const WIDTH = 900, HEIGHT = 652, COLUMNS = [[46, 440], [496, 890]];
+const MAP = { top: 24, bottom: 214 }, LAYERS = { top: 282, bottom: 372 }, BELOW = { top: 412, bottom: 496 };
+const BARS = { x: [200, 890], y: [562, 588], height: 20 };
+const SECONDS = 15; // of a whole run, played
+
+function render({ model, el }) {
+  const runs = model.get("runs"), colors = model.get("colors"), shades = model.get("shades");
+  const symbols = model.get("symbols"), bands = Object.entries(model.get("bands"));
+  const known = {};
+  let shown = [], steps, top, pointed, timer, started;
+
+  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img",
+    "aria-label": "two runs: maps of heads, layer entropies, learned parameter, loss, bands" });
+  const text = (x, y, words, more = {}, to = svg) => to.appendChild(make("text", { x, y, ...more }, words));
+  const line = (place, to = svg) => to.appendChild(make("line", place));
+  const BOLD = { style: "font-weight: 600" }, END = { "text-anchor": "end" }, MIDDLE = { "text-anchor": "middle" };
+  text(COLUMNS[0][0], LAYERS.top - 12, "layer entropy (nats)", BOLD);
+  const deepest = text(COLUMNS[1][1], LAYERS.top - 12, "", END);
+  const symbol = text(COLUMNS[0][0], BELOW.top - 10, "", BOLD);
+  text(COLUMNS[1][0], BELOW.top - 10, "loss (nats per token)", BOLD);
+  text(COLUMNS[1][1], BELOW.top - 10, "solid: left run · dashed: right run", END);
+  const sides = COLUMNS.map(([from, to], n) => {
+    const name = text(from, 15, ""), told = text(to, 15, "", END), map = svg.appendChild(make("g")), curves = svg.appendChild(make("g"));
+    map.addEventListener("pointerover", ({ target }) => point(target.dataset.k && { n, k: Number(target.dataset.k) }));
+    map.addEventListener("pointerleave", () => point());
+    return { from, to, name, told, map, curves };
+  });
+  const learned = svg.appendChild(make("g")), losses = svg.appendChild(make("g")), ticks = svg.appendChild(make("g"));
+  for (const [from, to] of COLUMNS) text((from + to) / 2, BELOW.bottom + 34, "training step", MIDDLE);
+  const cursors = COLUMNS.map(() => line({ y1: LAYERS.top, y2: BELOW.bottom, stroke: OVERLOAD, "stroke-width": 2, class: "entropy-cursor" }));
+  text(BARS.x[0], BARS.y[0] - 10, "share of heads by quarter of the largest head entropy (%)", BOLD);
+  const bars = SIDES.map((_, n) => ({
+    name: text(BARS.x[0] - 10, BARS.y[n] + 15, "", END),
+    parts: bands.map(([name, fill]) => {
+      const part = svg.appendChild(make("rect", { y: BARS.y[n], height: BARS.height, fill, class: "entropy-band" }));
+      part.append(title(name));
+      return [part, text(0, BARS.y[n] + 15, "", { ...MIDDLE, class: "entropy-mark" })];
+    }),
+  }));
+  bands.reduce((x, [name, fill]) => {
+    svg.append(make("rect", { x, y: BARS.y[1] + 33, width: 12, height: 12, fill }));
+    text(x + 18, BARS.y[1] + 44, name);
+    return x + 60 + 7 * name.length;
+  }, BARS.x[0]);
+
+  const across = ([from, to], step) => from + ((to - from) * Math.min(step, steps.at(-1))) / steps.at(-1);
+  const path = (points) => { // in pieces where there is no number
+    let pen = "M";
+    return points.map(([x, y]) => (Number.isNaN(y) ? ((pen = "M"), "") : `${pen}${x.toFixed(1)} ${((pen = "L"), y.toFixed(1))}`)).join("");
+  };
+  const curve = (points, look, to) => to.appendChild(make("path", { d: path(points), fill: "none", ...look }));
+  const axis = ({ top, bottom }, [from, to], values, y, to_, form) => {
+    for (const value of values) {
+      line({ x1: from, x2: to, y1: y(value), y2: y(value), class: "grid" }, to_);
+      text(from - 6, y(value) + 4, form(value), END, to_);
+    }
+  };
+
+  // What depends on the runs alone. False while the kernel has not sent both.
+  const load = () => {
+    Object.assign(known, model.get("histories"));
+    const indices = SIDES.map((side) => model.get(side));
+    if (!indices.every((index) => known[index])) return false;
+    const atEnd = steps && model.get("step") >= steps.at(-1); // who looks at the end stays there
+    shown = indices.map((index) => ({ ...(known[index].series ??= series(known[index])), ...runs[index] }));
+    steps = [...new Set(shown.flatMap((run) => run.steps))].sort((a, b) => a - b);
+    top = Math.max(...shown.map((run) => run.ceiling));
+    ceiling.textContent = `${top.toFixed(2)} nats: all alike`;
+    const last = steps.at(-1), depth = Math.max(...shown.map((run) => run.layers));
+    set(position, { max: steps.length - 1 });
+    if (atEnd || model.get("step") > last) change(model, { step: last });
+    deepest.textContent = `light: layer 0 · dark: layer ${depth - 1}`;
+    const every = roundUp(last / 5);
+    ticks.replaceChildren();
+    for (const column of COLUMNS) for (let step = 0; step <= last; step += every) text(across(column, step), BELOW.bottom + 18, step, MIDDLE, ticks);
+    shown.forEach((run, n) => {
+      const { from, to, name, map, curves } = sides[n], w = (to - from) / run.heads, h = (MAP.bottom - MAP.top) / run.layers;
+      set(name, { style: `font-weight: 600; fill: ${run.color}` }).textContent = run.variant;
+      bars[n].name.textContent = run.variant;
+      map.replaceChildren();
+      for (let layer = 0; layer < run.layers; layer += run.layers > 8 ? 2 : 1) text(from - 6, MAP.top + (layer + 0.5) * h + 4, layer, END, map);
+      for (let head = 0; head < run.heads; head += run.heads > 8 ? 2 : 1) text(from + (head + 0.5) * w, MAP.bottom + 16, head, MIDDLE, map);
+      text((from + to) / 2, MAP.bottom + 34, "head", MIDDLE, map);
+      text(from - 30, MAP.bottom + 16, "layer", {}, map);
+      run.cells = Array.from({ length: run.layers * run.heads }, (_, k) => map.appendChild(make("rect", {
+        x: from + (k % run.heads) * w + 1, y: MAP.top + Math.floor(k / run.heads) * h + 1, width: w - 2, height: h - 2,
+        "data-k": k, class: "entropy-cell" })));
+      curves.replaceChildren();
+      const y = (nats) => LAYERS.bottom - (nats / top) * (LAYERS.bottom - LAYERS.top);
+      axis(LAYERS, COLUMNS[n], [0, 2, 4, 6].filter((nats) => nats < top), y, curves, String);
+      for (let layer = 0; layer < run.layers; layer++) {
+        const points = run.steps.map((step, k) => [across(COLUMNS[n], step), y(run.means[k * run.layers + layer])]);
+        const stroke = shades[Math.round((layer / Math.max(1, depth - 1)) * (shades.length - 1))];
+        curve(points, { stroke, "stroke-width": 1.6, class: "entropy-layer" }, curves).append(title(`layer ${layer}`));
+      }
+    });
+    losses.replaceChildren();
+    const all = shown.flatMap((run) => run.loss.filter((loss) => loss !== null));
+    const highest = Math.ceil(Math.max(...shown.map((run) => run.loss[0] ?? 0), 1)), lowest = Math.floor(Math.min(...all, highest - 1));
+    const y = (loss) => BELOW.bottom - ((Math.min(loss, highest) - lowest) / (highest - lowest)) * (BELOW.bottom - BELOW.top);
+    const between = Math.ceil((highest - lowest) / 4);
+    axis(BELOW, COLUMNS[1], Array.from({ length: 5 }, (_, k) => lowest + k * between).filter((loss) => loss <= highest), y, losses, String);
+    shown.forEach((run, n) => {
+      const points = run.steps.map((step, k) => [across(COLUMNS[1], step), run.loss[k] === null ? NaN : y(run.loss[k])]);
+      curve(points, { stroke: run.color, "stroke-width": 2, "stroke-dasharray": DASHES[n], class: "entropy-loss" }, losses);
+    });
+    drawLearned();
+    return true;
+  };
+
+  const drawLearned = () => {
+    const column = model.get("learned"), found = shown.map((run) => run.learned[column]);
+    learned.replaceChildren();
+    symbol.textContent = `learned ${symbols[column]} by layer`;
+    const all = found.flatMap((values) => [...(values ?? [])]).filter((value) => !Number.isNaN(value));
+    if (!all.length) {
+      text((COLUMNS[0][0] + COLUMNS[0][1]) / 2, (BELOW.top + BELOW.bottom) / 2, "neither run learned it", MIDDLE, learned);
+      return;
+    }
+    let low = Math.min(...all), high = Math.max(...all);
+    if (high - low < 1e-9) (low -= 0.5), (high += 0.5);
+    const y = (value) => BELOW.bottom - 3 - ((value - low) / (high - low)) * (BELOW.bottom - BELOW.top - 6);
+    axis(BELOW, COLUMNS[0], [low, (low + high) / 2, high], y, learned, (value) => significant(value));
+    shown.forEach((run, n) => found[n] && Array.from({ length: run.layers }, (_, layer) => {
+      const points = run.steps.map((step, k) => [across(COLUMNS[0], step), y(found[n][k * run.layers + layer])]);
+      const look = { stroke: run.color, "stroke-width": 1.3, "stroke-dasharray": DASHES[n], class: "entropy-learnt" };
+      curve(points, look, learned).append(title(`${run.variant}, layer ${layer}`));
+    }));
+  };
+
+  const words = make("div", { role: "status", "aria-live": "polite", class: "entropy-status" });
+  const lines = SIDES.map((_, n) => {
+    const made = make("div"), parts = ["b", "span", "b", "span", "b"].map((tag) => made.appendChild(make(tag)));
+    set(parts[2], { style: `color: ${COLLAPSE}` });
+    set(parts[4], { style: `color: ${OVERLOAD}` });
+    words.append(...(n ? ["\n"] : []), made);
+    return parts;
+  });
+  const draw = () => {
+    const step = model.get("step"), now = steps[frameAt(steps, step)];
+    position.value = frameAt(steps, step);
+    set(position, { "aria-valuetext": `step ${now}` });
+    at.textContent = now;
+    cursors.forEach((cursor, n) => set(cursor, { x1: across(COLUMNS[n], step), x2: across(COLUMNS[n], step) }));
+    shown.forEach((run, n) => {
+      const k = frameAt(run.steps, step), size = run.layers * run.heads, map = run.entropy.subarray(k * size, (k + 1) * size);
+      run.cells.forEach((cell, head) => {
+        const shade = Math.round((Math.min(map[head], top) / top) * (colors.length - 1));
+        set(cell, { fill: colors[shade] ?? "none" });
+      });
+      const loss = run.loss[k] === null ? "not finite" : run.loss[k].toFixed(3), [low, middle, high] = run.states[k];
+      const said = [run.variant, ` at step ${run.steps[k]}: loss ${loss} · `, `${low} ${STATES[0]}`,
+                    ` · ${middle} ${STATES[1]} · `, `${high} ${STATES[2]}`];
+      said.forEach((part, i) => lines[n][i].textContent !== part && (lines[n][i].textContent = part));
+      let x = BARS.x[0];
+      run.bands[k].forEach((share, band) => {
+        const width = (share / 100) * (BARS.x[1] - BARS.x[0]), [part, label] = bars[n].parts[band];
+        set(part, { x, width });
+        set(label, { x: x + width / 2 });
+        const percent = share >= 6 ? `${share.toFixed(0)}%` : "";
+        if (label.textContent !== percent) label.textContent = percent;
+        x += width;
+      });
+      const [layer, head] = pointed?.n === n ? [Math.floor(pointed.k / run.heads), pointed.k % run.heads] : [];
+      const nats = head === undefined || Number.isNaN(map[pointed.k]) ? "static" : `${map[pointed.k].toFixed(run.digits)} nats`;
+      const told = head === undefined ? "" : `layer ${layer}, head ${head}: ${nats}`;
+      if (sides[n].told.textContent !== told) sides[n].told.textContent = told;
+    });
+  };
+  const queue = onceAFrame(draw);
+  const point = (place) => ((pointed = place || undefined), queue());
+
+  const list = (side) => {
+    const groups = {}, select = make("select", { "aria-label": `${side} run`, class: `entropy-${side}` });
+    runs.forEach(({ group, name }, index) => {
+      groups[group] ??= select.appendChild(make("optgroup", { label: group }));
+      groups[group].append(make("option", { value: index }, name));
+    });
+    const follow = () => (select.value = model.get(side));
+    select.addEventListener("change", () => change(model, { [side]: Number(select.value) }));
+    model.on(`change:${side}`, follow);
+    follow();
+    return make("label", {}, side, select);
+  };
+  const position = make("input", { type: "range", min: 0, step: 1, "aria-label": "training step", class: "entropy-step" });
+  const at = make("output");
+  position.addEventListener("input", () => (stop(), change(model, { step: steps[Number(position.value)] })));
+  const stop = () => (cancelAnimationFrame(timer), (timer = undefined), set(words, { "aria-live": "polite" }), (play.textContent = "▶ play"));
+  const frameOf = (now) => {
+    started ??= now - (frameAt(steps, model.get("step")) / steps.length) * SECONDS * 1000;
+    const place = Math.min(steps.length - 1, Math.floor(((now - started) / SECONDS / 1000) * steps.length));
+    if (steps[place] !== model.get("step")) change(model, { step: steps[place] });
+    if (place < steps.length - 1) timer = requestAnimationFrame(frameOf);
+    else stop();
+  };
+  const play = button("▶ play", () => {
+    if (timer) return stop();
+    if (model.get("step") >= steps.at(-1)) change(model, { step: steps[0] });
+    started = undefined;
+    set(words, { "aria-live": "off" });
+    play.textContent = "❚❚ pause";
+    timer = requestAnimationFrame(frameOf);
+  }, "play");
+  const scale = make("div", { class: "entropy-scale", style: `background: linear-gradient(to right, ${colors.filter((_, k) => k % 9 === 0).join(", ")})` });
+  const ceiling = make("span"), more = model.get("left_out");
+  el.replaceChildren(
+    make("style", {}, STYLE + MARK),
+    module(
+      make("div", { class: "controls" }, ...SIDES.map(list), ...(more ? [make("span", { class: "entropy-more" }, `${more} more with a kernel`)] : [])),
+      make("div", { class: "controls" }, play, make("label", {}, "step", position, at),
+        choice(model, "learned", "learned", symbols), make("label", {}, "0: one token", scale, ceiling)),
+      words, svg),
+  );
+  const reload = () => load() && queue();
+  for (const name of [...SIDES, "histories"]) model.on(`change:${name}`, reload);
+  model.on("change:learned", drawLearned);
+  model.on("change:step", queue);
+  if (load()) draw();
+  return stop;
+}
+
+const MARK = `
+.entropy-module svg text.entropy-mark { fill: white; stroke: black; stroke-width: 2px; paint-order: stroke; font-size: 11px; pointer-events: none }
+.entropy-module select.entropy-left, .entropy-module select.entropy-right { max-width: 330px }
+.entropy-module input.entropy-step { width: 260px }
+.entropy-scale { width: 120px; height: 10px }`;
+
+export default { render };
