@@ -1,5 +1,5 @@
 // Two recorded runs side by side at one training step: maps of heads, means of layers, what was learned, loss, bands.
-// Numbers from whole shares of `low` to `high`; the highest level stands for none, a static head's, say.
+// Numbers from whole shares, 0 is `low` and `levels` - 1 is `high`; `levels` itself is none, a static head's, say.
 export const unpacked = ({ low, high, levels, data }) => {
   const raw = bytes(data), whole = levels > 255 ? new Uint16Array(raw) : new Uint8Array(raw);
   return Float64Array.from(whole, (level) => (level === levels ? NaN : low + ((high - low) * level) / (levels - 1)));
@@ -19,9 +19,10 @@ export const series = (history) => {
 };
 
 const SIDES = ["left", "right"], DASHES = ["none", "5 3"], STATES = ["collapsed", "healthy", "overloaded"];
-const WIDTH = 900, HEIGHT = 652, COLUMNS = [[46, 440], [496, 890]];
+const WIDTH = 900, HEIGHT = 652, COLUMNS = [[56, 440], [506, 890]];
 const MAP = { top: 24, bottom: 214 }, LAYERS = { top: 282, bottom: 372 }, BELOW = { top: 412, bottom: 496 };
 const BARS = { x: [200, 890], y: [562, 588], height: 20 };
+const STATIC = "rgba(140, 146, 156, 0.25)"; // a head without entropy
 const SECONDS = 15; // of a whole run, played
 
 function render({ model, el }) {
@@ -33,7 +34,6 @@ function render({ model, el }) {
   const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img",
     "aria-label": "two runs: maps of heads, layer entropies, learned parameter, loss, bands" });
   const text = (x, y, words, more = {}, to = svg) => to.appendChild(make("text", { x, y, ...more }, words));
-  const line = (place, to = svg) => to.appendChild(make("line", place));
   const BOLD = { style: "font-weight: 600" }, END = { "text-anchor": "end" }, MIDDLE = { "text-anchor": "middle" };
   text(COLUMNS[0][0], LAYERS.top - 12, "layer entropy (nats)", BOLD);
   const deepest = text(COLUMNS[1][1], LAYERS.top - 12, "", END);
@@ -41,14 +41,15 @@ function render({ model, el }) {
   text(COLUMNS[1][0], BELOW.top - 10, "loss (nats per token)", BOLD);
   text(COLUMNS[1][1], BELOW.top - 10, "solid: left run · dashed: right run", END);
   const sides = COLUMNS.map(([from, to], n) => {
-    const name = text(from, 15, ""), told = text(to, 15, "", END), map = svg.appendChild(make("g")), curves = svg.appendChild(make("g"));
+    const name = text(from, 15, ""), told = text(to, 15, "", END);
+    const map = svg.appendChild(make("g")), curves = svg.appendChild(make("g"));
     map.addEventListener("pointerover", ({ target }) => point(target.dataset.k && { n, k: Number(target.dataset.k) }));
     map.addEventListener("pointerleave", () => point());
     return { from, to, name, told, map, curves };
   });
   const learned = svg.appendChild(make("g")), losses = svg.appendChild(make("g")), ticks = svg.appendChild(make("g"));
   for (const [from, to] of COLUMNS) text((from + to) / 2, BELOW.bottom + 34, "training step", MIDDLE);
-  const cursors = COLUMNS.map(() => line({ y1: LAYERS.top, y2: BELOW.bottom, stroke: OVERLOAD, "stroke-width": 2, class: "entropy-cursor" }));
+  const cursors = COLUMNS.map(() => svg.appendChild(make("path", { stroke: OVERLOAD, "stroke-width": 2, class: "entropy-cursor" })));
   text(BARS.x[0], BARS.y[0] - 10, "share of heads by quarter of the largest head entropy (%)", BOLD);
   const bars = SIDES.map((_, n) => ({
     name: text(BARS.x[0] - 10, BARS.y[n] + 15, "", END),
@@ -67,13 +68,18 @@ function render({ model, el }) {
   const across = ([from, to], step) => from + ((to - from) * Math.min(step, steps.at(-1))) / steps.at(-1);
   const path = (points) => { // in pieces where there is no number
     let pen = "M";
-    return points.map(([x, y]) => (Number.isNaN(y) ? ((pen = "M"), "") : `${pen}${x.toFixed(1)} ${((pen = "L"), y.toFixed(1))}`)).join("");
+    const parts = points.map(([x, y]) => {
+      const part = Number.isNaN(y) ? "" : `${pen}${x.toFixed(1)} ${y.toFixed(1)}`;
+      pen = part ? "L" : "M";
+      return part;
+    });
+    return parts.join("");
   };
   const curve = (points, look, to) => to.appendChild(make("path", { d: path(points), fill: "none", ...look }));
-  const axis = ({ top, bottom }, [from, to], values, y, to_, form) => {
+  const axis = ([from, to], values, y, into, form) => {
     for (const value of values) {
-      line({ x1: from, x2: to, y1: y(value), y2: y(value), class: "grid" }, to_);
-      text(from - 6, y(value) + 4, form(value), END, to_);
+      into.append(make("line", { x1: from, x2: to, y1: y(value), y2: y(value), class: "grid" }));
+      text(from - 6, y(value) + 4, form(value), END, into);
     }
   };
 
@@ -93,14 +99,20 @@ function render({ model, el }) {
     deepest.textContent = `light: layer 0 · dark: layer ${depth - 1}`;
     const every = roundUp(last / 5);
     ticks.replaceChildren();
-    for (const column of COLUMNS) for (let step = 0; step <= last; step += every) text(across(column, step), BELOW.bottom + 18, step, MIDDLE, ticks);
+    for (const column of COLUMNS) {
+      for (let step = 0; step <= last; step += every) text(across(column, step), BELOW.bottom + 18, step, MIDDLE, ticks);
+    }
     shown.forEach((run, n) => {
       const { from, to, name, map, curves } = sides[n], w = (to - from) / run.heads, h = (MAP.bottom - MAP.top) / run.layers;
       set(name, { style: `font-weight: 600; fill: ${run.color}` }).textContent = run.variant;
       bars[n].name.textContent = run.variant;
       map.replaceChildren();
-      for (let layer = 0; layer < run.layers; layer += run.layers > 8 ? 2 : 1) text(from - 6, MAP.top + (layer + 0.5) * h + 4, layer, END, map);
-      for (let head = 0; head < run.heads; head += run.heads > 8 ? 2 : 1) text(from + (head + 0.5) * w, MAP.bottom + 16, head, MIDDLE, map);
+      for (let layer = 0; layer < run.layers; layer += run.layers > 8 ? 2 : 1) {
+        text(from - 6, MAP.top + (layer + 0.5) * h + 4, layer, END, map);
+      }
+      for (let head = 0; head < run.heads; head += run.heads > 8 ? 2 : 1) {
+        text(from + (head + 0.5) * w, MAP.bottom + 16, head, MIDDLE, map);
+      }
       text((from + to) / 2, MAP.bottom + 34, "head", MIDDLE, map);
       text(from - 30, MAP.bottom + 16, "layer", {}, map);
       run.cells = Array.from({ length: run.layers * run.heads }, (_, k) => map.appendChild(make("rect", {
@@ -108,7 +120,7 @@ function render({ model, el }) {
         "data-k": k, class: "entropy-cell" })));
       curves.replaceChildren();
       const y = (nats) => LAYERS.bottom - (nats / top) * (LAYERS.bottom - LAYERS.top);
-      axis(LAYERS, COLUMNS[n], [0, 2, 4, 6].filter((nats) => nats < top), y, curves, String);
+      axis(COLUMNS[n], [0, 2, 4, 6].filter((nats) => nats < top), y, curves, String);
       for (let layer = 0; layer < run.layers; layer++) {
         const points = run.steps.map((step, k) => [across(COLUMNS[n], step), y(run.means[k * run.layers + layer])]);
         const stroke = shades[Math.round((layer / Math.max(1, depth - 1)) * (shades.length - 1))];
@@ -117,10 +129,12 @@ function render({ model, el }) {
     });
     losses.replaceChildren();
     const all = shown.flatMap((run) => run.loss.filter((loss) => loss !== null));
-    const highest = Math.ceil(Math.max(...shown.map((run) => run.loss[0] ?? 0), 1)), lowest = Math.floor(Math.min(...all, highest - 1));
+    const highest = Math.ceil(Math.max(...shown.map((run) => run.loss[0] ?? 0), 1)); // what breaks flattens no other
+    const lowest = Math.floor(Math.min(...all, highest - 1));
     const y = (loss) => BELOW.bottom - ((Math.min(loss, highest) - lowest) / (highest - lowest)) * (BELOW.bottom - BELOW.top);
     const between = Math.ceil((highest - lowest) / 4);
-    axis(BELOW, COLUMNS[1], Array.from({ length: 5 }, (_, k) => lowest + k * between).filter((loss) => loss <= highest), y, losses, String);
+    const values = Array.from({ length: 5 }, (_, k) => lowest + k * between).filter((loss) => loss <= highest);
+    axis(COLUMNS[1], values, y, losses, String);
     shown.forEach((run, n) => {
       const points = run.steps.map((step, k) => [across(COLUMNS[1], step), run.loss[k] === null ? NaN : y(run.loss[k])]);
       curve(points, { stroke: run.color, "stroke-width": 2, "stroke-dasharray": DASHES[n], class: "entropy-loss" }, losses);
@@ -141,7 +155,7 @@ function render({ model, el }) {
     let low = Math.min(...all), high = Math.max(...all);
     if (high - low < 1e-9) (low -= 0.5), (high += 0.5);
     const y = (value) => BELOW.bottom - 3 - ((value - low) / (high - low)) * (BELOW.bottom - BELOW.top - 6);
-    axis(BELOW, COLUMNS[0], [low, (low + high) / 2, high], y, learned, (value) => significant(value));
+    axis(COLUMNS[0], [low, (low + high) / 2, high], y, learned, (value) => significant(value));
     shown.forEach((run, n) => found[n] && Array.from({ length: run.layers }, (_, layer) => {
       const points = run.steps.map((step, k) => [across(COLUMNS[0], step), y(found[n][k * run.layers + layer])]);
       const look = { stroke: run.color, "stroke-width": 1.3, "stroke-dasharray": DASHES[n], class: "entropy-learnt" };
@@ -151,7 +165,7 @@ function render({ model, el }) {
 
   const words = make("div", { role: "status", "aria-live": "polite", class: "entropy-status" });
   const lines = SIDES.map((_, n) => {
-    const made = make("div"), parts = ["b", "span", "b", "span", "b"].map((tag) => made.appendChild(make(tag)));
+    const made = make("div"), parts = ["b", "span", "b", "span", "b", "span"].map((tag) => made.appendChild(make(tag)));
     set(parts[2], { style: `color: ${COLLAPSE}` });
     set(parts[4], { style: `color: ${OVERLOAD}` });
     words.append(...(n ? ["\n"] : []), made);
@@ -162,16 +176,20 @@ function render({ model, el }) {
     position.value = frameAt(steps, step);
     set(position, { "aria-valuetext": `step ${now}` });
     at.textContent = now;
-    cursors.forEach((cursor, n) => set(cursor, { x1: across(COLUMNS[n], step), x2: across(COLUMNS[n], step) }));
+    cursors.forEach((cursor, n) => {
+      const x = across(COLUMNS[n], step).toFixed(1);
+      set(cursor, { d: [LAYERS, BELOW].map(({ top, bottom }) => `M${x} ${top}V${bottom}`).join("") });
+    });
     shown.forEach((run, n) => {
       const k = frameAt(run.steps, step), size = run.layers * run.heads, map = run.entropy.subarray(k * size, (k + 1) * size);
       run.cells.forEach((cell, head) => {
         const shade = Math.round((Math.min(map[head], top) / top) * (colors.length - 1));
-        set(cell, { fill: colors[shade] ?? "none" });
+        set(cell, { fill: colors[shade] ?? STATIC });
       });
       const loss = run.loss[k] === null ? "not finite" : run.loss[k].toFixed(3), [low, middle, high] = run.states[k];
+      const without = size - low - middle - high;
       const said = [run.variant, ` at step ${run.steps[k]}: loss ${loss} · `, `${low} ${STATES[0]}`,
-                    ` · ${middle} ${STATES[1]} · `, `${high} ${STATES[2]}`];
+                    ` · ${middle} ${STATES[1]} · `, `${high} ${STATES[2]}`, without ? ` · ${without} static` : ""];
       said.forEach((part, i) => lines[n][i].textContent !== part && (lines[n][i].textContent = part));
       let x = BARS.x[0];
       run.bands[k].forEach((share, band) => {
@@ -206,7 +224,12 @@ function render({ model, el }) {
   const position = make("input", { type: "range", min: 0, step: 1, "aria-label": "training step", class: "entropy-step" });
   const at = make("output");
   position.addEventListener("input", () => (stop(), change(model, { step: steps[Number(position.value)] })));
-  const stop = () => (cancelAnimationFrame(timer), (timer = undefined), set(words, { "aria-live": "polite" }), (play.textContent = "▶ play"));
+  const stop = () => {
+    cancelAnimationFrame(timer);
+    timer = undefined;
+    set(words, { "aria-live": "polite" });
+    play.textContent = "▶ play";
+  };
   const frameOf = (now) => {
     started ??= now - (frameAt(steps, model.get("step")) / steps.length) * SECONDS * 1000;
     const place = Math.min(steps.length - 1, Math.floor(((now - started) / SECONDS / 1000) * steps.length));
@@ -222,12 +245,14 @@ function render({ model, el }) {
     play.textContent = "❚❚ pause";
     timer = requestAnimationFrame(frameOf);
   }, "play");
-  const scale = make("div", { class: "entropy-scale", style: `background: linear-gradient(to right, ${colors.filter((_, k) => k % 9 === 0).join(", ")})` });
+  const some = colors.filter((_, k) => k % 9 === 0).join(", ");
+  const scale = make("div", { class: "entropy-scale", style: `background: linear-gradient(to right, ${some})` });
   const ceiling = make("span"), more = model.get("left_out");
   el.replaceChildren(
     make("style", {}, STYLE + MARK),
     module(
-      make("div", { class: "controls" }, ...SIDES.map(list), ...(more ? [make("span", { class: "entropy-more" }, `${more} more with a kernel`)] : [])),
+      make("div", { class: "controls" }, ...SIDES.map(list),
+        ...(more ? [make("span", { class: "entropy-more" }, `${more} more with a kernel`)] : [])),
       make("div", { class: "controls" }, play, make("label", {}, "step", position, at),
         choice(model, "learned", "learned", symbols), make("label", {}, "0: one token", scale, ceiling)),
       words, svg),

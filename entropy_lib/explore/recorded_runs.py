@@ -22,7 +22,7 @@ from entropy_lib.training.records import RunRecord, load_runs
 RUNS = CLONE / "data" / "runs" if CLONE else Path(__file__).with_name("example_runs")
 SIDES = ("left", "right")
 SYMBOLS = {"thresholds": "θ", "temperatures": "t", "alpha": "α", "beta": "β"}  # of a history's columns
-EXACT, COARSE = 65_535, 255  # levels of a number in two bytes, and of an entropy in one
+EXACT, COARSE = 65_535, 255  # highest level of a number in two bytes, and in one
 ROOM, STEPS = 190_000, 64  # of the page without a kernel: bytes of all histories, and steps of one
 
 
@@ -82,8 +82,7 @@ def run_explorer(records: RunRecord | Sequence[RunRecord] | None = None) -> RunE
 class RunExplorer(ModuleExplorer):
     """See `run_explorer`. Traits: left and right (indices of runs), step (of training), learned (which parameter).
 
-    The page has the histories of the two runs that are shown. What it says is here from the records: `shown`, `counts`,
-    `layer_means`, `learned_means`, `words`.
+    `histories` are of the two runs that are shown. What the page says is here from the records: `shown`, `words`.
     """
 
     _esm = module_source("recorded_runs")
@@ -152,6 +151,8 @@ class RunExplorer(ModuleExplorer):
             loss = f"{now['loss']:.3f}" if math.isfinite(now["loss"]) else "not finite"
             states, _ = counts(now["entropy"], record.context_length)
             heads = " · ".join(f"{count} {state}" for state, count in states.items())
+            static = int(head_entropies(now["entropy"]).isnan().sum())
+            heads += f" · {static} static" * (static > 0)
             lines.append(f"{record.variant} at step {now['step']}: loss {loss} · {heads}")
         return "\n".join(lines)
 
@@ -170,12 +171,12 @@ def counts(entropy, context_length: int) -> tuple[dict[str, int], list[float]]:
 
 
 def learned_means(record: RunRecord, column: str) -> np.ndarray | None:
-    """A learned parameter by recorded step and layer, [N, L], mean over heads; NaN between records, None for none."""
+    """A learned parameter by recorded step and layer, [N, L], mean over heads; NaN in steps without, None for none."""
     values = [np.atleast_1d(np.array(value, dtype=float)) for value in record.history[column]]  # None becomes [NaN]
     layers = max(len(value) for value in values)
-    means = [masked_mean(value.reshape(len(value), -1)) if len(value) == layers else [math.nan] * layers
-             for value in values]  # fmt: skip
-    return None if np.isnan(means).all() else np.array(means)
+    values = [value if len(value) == layers else np.full(layers, math.nan) for value in values]
+    means = np.array([masked_mean(value.reshape(layers, -1)) for value in values])
+    return None if np.isnan(means).all() else means
 
 
 def masked_mean(values: np.ndarray) -> np.ndarray:
@@ -189,7 +190,7 @@ def _named(record: RunRecord) -> dict:
 
 
 def _history(record: RunRecord, rows: np.ndarray, levels: int) -> dict:
-    """Rows of a run's history for the page, entropies in so many levels."""
+    """Rows of a run's history for the page; `levels` are the entropies', EXACT or COARSE."""
     table, ceiling = record.history.iloc[rows], math.log(record.context_length)
     entropy = np.stack([head_entropies(heads).numpy() for heads in table["entropy"]])  # [N, L, H]
     counted = [counts(heads, record.context_length) for heads in table["entropy"]]
@@ -212,7 +213,7 @@ def _history(record: RunRecord, rows: np.ndarray, levels: int) -> dict:
 
 
 def _levels(values: np.ndarray, low: float, high: float, levels: int) -> dict:
-    """Numbers as whole shares of low to high, one byte each or, from 256 levels on, two; the highest level is NaN."""
+    """Numbers as base64 of whole shares, low is 0 and high `levels` - 1, in one byte or two; `levels` itself is NaN."""
     shares = np.clip((values - low) / ((high - low) or 1), 0, 1) * (levels - 1)
     whole = np.where(np.isnan(values), levels, np.rint(shares)).astype("<u2" if levels > COARSE else "u1")
     return {"low": low, "high": high, "levels": levels, "data": base64.b64encode(whole.tobytes()).decode()}

@@ -188,7 +188,7 @@ def test_the_run_module_reads_what_is_on_record(open_html, recorded_runs):
 
 
 def test_the_run_explorer_moves_without_a_kernel(open_html, recorded_runs):
-    explorer = run_explorer(recorded_runs[:4])
+    explorer = run_explorer(recorded_runs)
     page = open_html(explorer)
     says = lambda: page.locator(".entropy-status", has_text=explorer.words()).wait_for()  # noqa: E731
     position = page.locator(".entropy-step")
@@ -215,7 +215,8 @@ def test_the_run_explorer_moves_without_a_kernel(open_html, recorded_runs):
     says()
     page.locator(".entropy-right").select_option("2")  # 12 layers that ended early: who was at the end stays there
     explorer.right = 2
-    explorer.step = max(int(record.history["step"].iloc[-1]) for record, _ in map(explorer.shown, ("left", "right")))
+    end = lambda: max(int(explorer.shown(side)[0].history["step"].iloc[-1]) for side in ("left", "right"))  # noqa: E731
+    explorer.step = end()
     says()
     page.get_by_text("neither run learned it").wait_for()
     runs_as_recorded(page, explorer, levels=254)
@@ -229,6 +230,12 @@ def test_the_run_explorer_moves_without_a_kernel(open_html, recorded_runs):
     entropy = np.array(recorded_runs[2].history["entropy"].iloc[-1])[1, 5]
     told = page.get_by_text("layer 1, head 5: ").text_content()
     assert float(told.split(": ")[1].split()[0]) == pytest.approx(entropy, abs=0.06)
+    page.locator(".entropy-left").select_option("4")
+    explorer.left = 4
+    explorer.step = end()
+    says()
+    page.locator(".entropy-cell").nth(11).hover()
+    page.get_by_text("layer 0, head 11: static").wait_for()
     assert page.errors == []
 
 

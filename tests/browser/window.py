@@ -70,10 +70,10 @@ def runs_as_recorded(root, explorer, levels: int):
         bands = [float(width) for width in parts[4 * side : 4 * side + 4]]
         np.testing.assert_allclose(bands, 690 * entropy_bands(entropy[row]).numpy(), atol=0.04)
         here, curves = curves[: entropy.shape[1]], curves[entropy.shape[1] :]
-        left = (46, 496)[side]
+        left = (56, 506)[side]
         for d, layer in zip(here, entropy.mean(-1).T, strict=True):
             x, y = places(d)
-            np.testing.assert_allclose(x, left + 394 * steps / last, atol=0.06)
+            np.testing.assert_allclose(x, left + 384 * steps / last, atol=0.06)
             np.testing.assert_allclose(y, 372 - 90 * layer / top, atol=0.06 + 45 / levels)
         _, y = places(losses[side])
         heights = np.minimum(losses_of(record), highest)
@@ -84,8 +84,9 @@ def runs_as_recorded(root, explorer, levels: int):
                 np.testing.assert_allclose(places(d)[1], 493 - 78 * (layer - low) / span, atol=0.06)
     assert (fills, curves, learnt) == ([], [], [])
     assert ("neither run learned it" in texts) == (not len(found))
-    for x, left in zip(drawn("cursor", "x1"), (46, 496), strict=True):
-        assert float(x) == pytest.approx(left + 394 * explorer.step / last)
+    for d, left in zip(drawn("cursor", "d"), (56, 506), strict=True):
+        x = [float(place) for place in re.findall(r"M([\d.]+) ", d)]
+        assert x == pytest.approx([left + 384 * explorer.step / last] * 2, abs=0.06)
 
 
 def losses_of(record) -> list[float]:

@@ -99,6 +99,7 @@ def test_static_heads_are_in_no_mean_and_in_no_count():
     explorer = explore.run_explorer(record)
     sent, steps = explorer.histories["0"], len(record.history)
     assert [sum(states) for states in sent["states"]] == [3 * 12] * steps
+    assert explorer.words().count("· 108 static") == 2
     found = unpacked(sent["entropy"], steps, 12)
     np.testing.assert_array_equal(np.isnan(found), np.arange(12)[None, None] >= np.full((steps, 12, 1), 3))
     thresholds = np.array(record.history["thresholds"].tolist())[..., :3].mean(-1)
