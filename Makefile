@@ -3,6 +3,7 @@
 # make test-colab  the explorers' tests and notebooks with Colab's versions of plotly and ipywidgets
 # make test-browser  drive the explorers in JupyterLab with Debian's Chromium; skipped where there is none
 # make lab    open the first notebook in JupyterLab
+# make site   the README and the notebooks as pages that need no Python, into build/site
 # make private  set up .venv-private, the two parties' own environment (Python 3.10 or 3.11, about 1 GB)
 # Each of the others sets up .venv by itself and reinstalls only when pyproject.toml or constraints.txt changed.
 
@@ -22,7 +23,7 @@ export JUPYTER_PLATFORM_DIRS := 1
 # Where Python may not keep what it compiled, every process would compile torch and transformers anew: 12 s, not 7.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: run test test-browser test-colab lab private figures clean
+.PHONY: run test test-browser test-colab lab site private figures clean
 
 run: $(READY)
 	$(BIN)/python notebooks/run.py --jobs 2 --output build/notebooks
@@ -52,6 +53,9 @@ test-colab: $(READY)
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
+
+site: $(READY)
+	$(BIN)/python notebooks/to_html.py build/site
 
 define README_PICTURE
 from pathlib import Path
