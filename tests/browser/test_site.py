@@ -68,12 +68,15 @@ def test_the_explorers_of_the_site_say_what_the_library_does(opened):
     shown = page.locator(".entropy-module", has=page.locator(".entropy-gamma"))
     shown.locator(".entropy-theta").focus()
     page.keyboard.press("ArrowLeft")
-    penalty.theta = float(shown.locator("label", has=page.locator(".entropy-theta")).locator("output").inner_text())
+    told = shown.locator("label", has=page.locator(".entropy-theta")).locator("output")
+    told.filter(has_not_text="0.5").wait_for()  # it is drawn at the next frame
+    penalty.theta = float(told.inner_text())
     assert penalty.theta != 0.5
     shown.locator(".entropy-status", has_text=penalty.words()).wait_for()
     shown = page.locator(".entropy-module", has=page.locator(".entropy-right"))
     shown.locator(".entropy-step").focus()
     page.keyboard.press("End")
+    shown.locator("output").filter(has_text=re.compile(r"\d{4}")).wait_for()
     runs.step = int(shown.locator("output").inner_text())
     assert runs.step > 3000
     shown.locator(".entropy-status", has_text=runs.words()).wait_for()
