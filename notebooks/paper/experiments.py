@@ -30,6 +30,7 @@ from paper.head_choice import COUNTS, RULES, heads_by_layer, variant_name
 
 # A step is 65,536 tokens. Runs of minutes keep checkpoints only when interrupted: each takes 1.2 GB and seconds.
 FULL = {"steps": 3052, "warmup_ratio": 0.10, "eval_every": 500, "checkpoint_every": 0}  # 200M tokens
+LONG = FULL | {"steps": 9156, "checkpoint_every": 3000}  # 600M tokens
 SHORT = {"steps": 1000, "warmup_ratio": 0.20, "eval_every": 250, "checkpoint_every": 0}  # 66M tokens
 
 EREG = "EReg(SM(t)+ScFuFFN)"
@@ -191,10 +192,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             (
                 *_33M,
                 *_66M,
-                *_sweep(
-                    "budget", _BUDGETED, FULL,
-                    {"131M": {"steps": 2000}, "600M": {"steps": 9156, "checkpoint_every": 3000}},
-                ),
+                *_sweep("budget", _BUDGETED, FULL, {"131M": {"steps": 2000}, "600M": LONG}),
             ),
         ),
         (
@@ -229,6 +227,14 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_runs("private/200M", _GOALS, FULL, seeds=(0, 1, 2)),
                 *_runs("private/200M", ["SM(3)+LN+G+V"], FULL, seeds=(0, 1, 2)),  # GPT-2 with the same gifts
                 *_runs("private/200M", ["SM+LN+G"], FULL | _SCALED, seeds=(3,)),  # its first three lack the recall
+            ),
+        ),
+        (
+            "private_600M",
+            "beyond the paper: does the lead of 36 softmax heads survive 600M tokens? One seed",
+            (
+                *_runs("private/600M", ["SM+LN+G"], LONG | _SCALED),
+                *_runs("private/600M", ["SM(3)+LN(a)+R+V"], LONG),
             ),
         ),
         ("head_choice_ranked", "SM+LN+G whose heads are ranked by entropy and input dependence, 66M tokens", _RANKED),
