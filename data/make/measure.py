@@ -41,12 +41,12 @@ def weight_shapes(a: Architecture, context_length: int) -> dict[str, list[int]]:
         pairs = {"qkv": (d, d + 2 * dynamic * (d // a.heads)), "attention_out": (d, d)}
         pairs["ffn_out"] = (d if a.fused else inner, d)
         if not a.fused:
-            pairs["ffn_in"] = (d, 2 * inner if a.activation == "bilinear" else inner)
+            pairs["ffn_in"] = (d, 2 * inner if a.gated or a.activation == "bilinear" else inner)
         if dynamic < a.heads:
             shapes[f"{layer}.filters"] = [a.heads - dynamic, context_length, context_length]
         for name, (inputs, outputs) in pairs.items():
             shapes |= {f"{layer}.{name}.weight": [inputs, outputs], f"{layer}.{name}.bias": [outputs]}
-        for name in ("norm1", "norm2") * a.layer_norm:
+        for name in ("norm1", "norm2") * (a.layer_norm and a.norm == "layernorm"):
             shapes |= {f"{layer}.{name}.weight": [d], f"{layer}.{name}.bias": [d]}
         if a.tempered:
             shapes[f"{layer}.query_scale"] = [a.heads, context_length, 1]
@@ -113,6 +113,7 @@ def tasks(context_length: int, method: str = "as given") -> Iterator[tuple[str, 
     if context_length == 128:
         for extra in (  # other widths, to tell the units apart
             Operation("LayerNorm", "layernorm", (128, 256)),
+            Operation("RMSNorm", "rmsnorm", (128, 256)),
             Operation("embedding", "embed", (128, 1024, 768)),
         ):
             wanted[extra.name, extra.shape] = extra

@@ -5,16 +5,27 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 PARTS = (
-    "embedding", "attention linear", "softmax", "LayerNorm", "activation", "FFN linear", "vocabulary projection",
+    "embedding", "attention linear", "softmax", "LayerNorm", "RMSNorm", "activation", "FFN linear",
+    "vocabulary projection",
 )  # fmt: skip
-ACTIVATIONS = ("gelu", "relu", "linear", "relu2", "square", "bilinear")
+ACTIVATIONS = ("gelu", "silu", "relu", "linear", "relu2", "square", "bilinear")
+NORMS = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}  # and their parts
 ATTENTIONS = ("softmax", "relu_attention", "relu2_attention", "square_attention")
-_NAMES = {"gelu_new": "gelu", "gelu": "gelu", "relu": "relu", "linear": "linear", "relu2": "relu2"}  # transformers'
+_NAMES = {  # transformers'
+    "gelu_new": "gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu", "silu": "silu", "swish": "silu", "relu": "relu",
+    "linear": "linear", "relu2": "relu2",
+}  # fmt: skip
 _ATTENTIONS = {"softmax": "softmax", "relu2": "relu2_attention"}  # `Variant`'s
-MODEL_TYPES = ("entropy_gpt2", "gpt2", "opt")  # whose operations are these: Pre-LN, learned positions, a plain FFN
+LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")  # RMSNorm, rotary positions, a gated FFN
+MODEL_TYPES = ("entropy_gpt2", "gpt2", "opt", "gpt_neox", *LLAMA_TYPES)  # whose operations are known
+_UNPRICED = {  # operations that no price stands for, by the setting that asks for one
+    "attn_logit_softcapping": "tanh of attention logits", "final_logit_softcapping": "tanh of the logits",
+    "num_local_experts": "a choice of experts", "num_experts": "a choice of experts",
+    "use_bidirectional_attention": "attention to later tokens", "clip_qkv": "clipped queries, keys and values",
+}  # fmt: skip
 
 
 def whole_number(name: str, value) -> int:
@@ -29,11 +40,12 @@ def whole_number(name: str, value) -> int:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A GPT-2-like decoder, the paper's and some beyond.
+    """A decoder: GPT-2's kind, the paper's variants of it and some beyond, or Llama's kind.
 
     Attributes:
         layers, heads, width, vocabulary: L, H, d, V.
         layer_norm: Pre-LN, two a layer. An annealed LayerNorm is none: it is in the matrices.
+        norm: what kind, "layernorm" or "rmsnorm"; an RMSNorm's gain is in the next matrix.
         final_layer_norm: before the vocabulary; None: as `layer_norm`.
         ffn_width: None is 4·d.
         activation: of the FFN, d→4d→d: one of ACTIVATIONS. "relu2" is max(x, 0)², "square" x², "bilinear" the product
@@ -44,6 +56,9 @@ class Architecture:
             others are static, matrices of the server's. None: all.
         value_residual: values of layer 0 are added, scaled in the weights already; it costs nothing.
         fused: one d×d matrix for the FFN.   scaled: Eq. 8's α and β.   tempered: SM(t).
+        gated: the FFN is (activation(X·W₁) ⊙ X·W₂)·W₃, so that a gated "linear" one is "bilinear".
+        key_value_heads: groups of heads that share key and value; None: as many as heads.
+        head_size: None is d / heads.   query_key_norm: an RMSNorm of every query and key, with a gain of its own.
         positions: the longest input; None: any. It costs nothing.
     """
 
@@ -62,13 +77,20 @@ class Architecture:
     dynamic_heads: tuple[int, ...] | None = None
     value_residual: bool = False
     positions: int | None = field(default=None, compare=False)
+    norm: str = "layernorm"
+    gated: bool = False
+    key_value_heads: int | None = None
+    head_size: int | None = None
+    query_key_norm: bool = False
 
     def __post_init__(self):
         if self.final_layer_norm is None:
             object.__setattr__(self, "final_layer_norm", self.layer_norm)
         if self.ffn_width is None:
             object.__setattr__(self, "ffn_width", 4 * whole_number("width", self.width))
-        for name in ("layers", "heads", "width", "ffn_width", "vocabulary", "positions"):
+        if self.key_value_heads is None:
+            object.__setattr__(self, "key_value_heads", self.heads)
+        for name in ("layers", "heads", "width", "ffn_width", "vocabulary", "positions", "key_value_heads"):
             if (value := getattr(self, name)) is not None or name != "positions":
                 object.__setattr__(self, name, whole_number(name, value))
         if self.dynamic_heads is not None:
@@ -76,19 +98,37 @@ class Architecture:
             if not pattern or not all(0 <= heads <= self.heads for heads in pattern):
                 raise ValueError(f"dynamic_heads must be numbers from 0 to heads = {self.heads}, got {pattern}")
             object.__setattr__(self, "dynamic_heads", pattern)
-        for name in ("layers", "heads", "width", "ffn_width"):
+        for name in ("layers", "heads", "width", "ffn_width", "key_value_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.vocabulary < 0:  # 0: blocks only
             raise ValueError(f"vocabulary must not be negative, got {self.vocabulary}")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        if self.head_size is None:
+            if self.width % self.heads:
+                raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+            object.__setattr__(self, "head_size", self.width // self.heads)
+        object.__setattr__(self, "head_size", whole_number("head_size", self.head_size))
+        if self.head_size < 1:
+            raise ValueError(f"head_size must be positive, got {self.head_size}")
+        if self.heads % self.key_value_heads:
+            raise ValueError(
+                f"heads must be a multiple of key_value_heads, got {self.heads} and {self.key_value_heads}"
+            )
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be one of {tuple(NORMS)}, got {self.norm!r}")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {ACTIVATIONS}, got {self.activation!r}")
         if self.attention not in ATTENTIONS:
             raise ValueError(f"attention must be one of {ATTENTIONS}, got {self.attention!r}")
-        if self.fused and self.activation != "linear":
+        if self.fused and (self.activation != "linear" or self.gated):
             raise ValueError(f"a fused FFN has no activation in between, got {self.activation!r}")
+        if self.gated and self.activation == "bilinear":
+            raise ValueError("a gated FFN without an activation is activation='linear', gated=True")
+
+    @property
+    def parts(self) -> list[str]:
+        """Those of PARTS that a model with this kind of norm has."""
+        return [part for part in PARTS if part == NORMS[self.norm] or part not in NORMS.values()]
 
     def heads_of_layer(self, layer: int) -> int:
         """How many heads of a layer weigh keys by queries; the rest are static."""
@@ -109,9 +149,11 @@ class Architecture:
 
         Annealed LayerNorms count as the constants that they are after training.
 
-        Raises ValueError for what neither the prices nor the two-party run know: other model types, cross-attention,
-        fewer key-value heads, an activation without a price, ... An `Architecture` made by hand can stand for a model
-        whose operations are known to be the same.
+        Rotary positions are public numbers and cost nothing, nor does a sliding window: what it hides is computed.
+
+        Raises ValueError for what has no price: other model types, cross-attention, a tanh of the logits, an activation
+        without a price, ... An `Architecture` made by hand can stand for a model whose operations are known to be the
+        same.
         """
 
         def get(*names, default=None):
@@ -120,7 +162,10 @@ class Architecture:
         if (kind := get("model_type")) is None:
             raise ValueError(f"a transformers configuration is needed; {type(config).__name__} lacks model_type")
         fused = get("fused_ffn", default=False)
-        activation = "linear" if fused else get("activation_function", "hidden_act")
+        activation = "linear" if fused else get("activation_function", "hidden_activation", "hidden_act")
+        activation = activation or get("hidden_act")  # of Gemma, whose first may be None
+        if unpriced := [what for name, what in _UNPRICED.items() if get(name)]:
+            raise ValueError(f"a model of type {kind!r} computes {unpriced[0]}, which has no price")
         if kind not in MODEL_TYPES:
             raise ValueError(
                 f"a model of type {kind!r} with {activation!r} is not supported: known are the operations of "
@@ -129,10 +174,10 @@ class Architecture:
         if activation not in _NAMES:
             raise ValueError(f"activation {activation!r} is not supported; choose from {', '.join(_NAMES)}")
         width, heads = get("hidden_size"), get("num_attention_heads")
-        inner = None if fused else get("n_inner", "ffn_dim")
+        inner = None if fused else get("n_inner", "ffn_dim", "intermediate_size")
+        llama = kind in LLAMA_TYPES
         layer_norm = get("layer_norm", default=True)
         odd = {
-            "key-value heads": (get("num_key_value_heads", default=heads), heads),
             "cross-attention": (bool(get("add_cross_attention", default=False)), False),
             "attention scaled by layer": (bool(get("scale_attn_by_inverse_layer_idx", default=False)), False),
             "attention scaled by 1/√d": (bool(get("scale_attn_weights", default=True)), True),
@@ -152,7 +197,8 @@ class Architecture:
             activation=_NAMES[activation], attention=_ATTENTIONS[get("attention", default="softmax")], fused=fused,
             dynamic_heads=get("dynamic_heads"), value_residual=get("value_residual", default=False),
             scaled=get("ffn_scaling", default=False), tempered=get("learnable_temperature", default=False),
-            positions=get("max_position_embeddings"),
+            positions=get("max_position_embeddings"), norm="rmsnorm" if llama else "layernorm", gated=llama,
+            key_value_heads=get("num_key_value_heads"), head_size=get("head_dim"), query_key_norm=kind == "qwen3",
         )  # fmt: skip
 
 
@@ -203,7 +249,7 @@ def operations(architecture: Architecture, context_length: int, logits_to_keep: 
 
 def _operations(architecture: Architecture, context_length: int, kept: int) -> Iterator[Operation]:
     a, t, d = architecture, context_length, architecture.width
-    size = d // a.heads
+    size, norm = a.head_size, Operation(NORMS[a.norm], a.norm, (t, d))
     if a.vocabulary:
         yield Operation("embedding", "embed", (t, a.vocabulary, d))
     for layer in range(a.layers):
@@ -212,10 +258,15 @@ def _operations(architecture: Architecture, context_length: int, kept: int) -> I
             return Operation(part, "linear", (t, inputs, outputs), layer, 2 * t * inputs * outputs + flops)
 
         if a.layer_norm:
-            yield Operation("LayerNorm", "layernorm", (t, d), layer)
+            yield replace(norm, layer=layer)
         dynamic = a.heads_of_layer(layer)
+        keys = min(dynamic, a.key_value_heads)  # of groups without a dynamic head none are needed
         static, width = a.heads - dynamic, dynamic * size
-        yield linear("attention linear", d, 2 * width + d)
+        yield linear("attention linear", d, width + (keys + a.key_value_heads) * size)
+        if a.query_key_norm and dynamic:
+            yield Operation("RMSNorm", "rmsnorm", (dynamic + keys, t, size), layer)
+            rows = (dynamic + keys) * t  # turned before they meet a matrix, so that their gain is one of its own
+            yield Operation("attention linear", "linear", (rows, size, size), layer)
         if a.tempered and dynamic:
             yield Operation("attention linear", "multiply", (dynamic, t, size), layer)
         if dynamic:
@@ -224,18 +275,20 @@ def _operations(architecture: Architecture, context_length: int, kept: int) -> I
             yield Operation("attention linear", "mix", (dynamic, t, size), layer, t * t * width)
         if static:
             yield Operation("attention linear", "static", (static, t, size), layer, t * t * static * size)
-        yield linear("attention linear", d, d)
+        yield linear("attention linear", a.heads * size, d)
         if a.layer_norm:
-            yield Operation("LayerNorm", "layernorm", (t, d), layer)
+            yield replace(norm, layer=layer)
         scaling = t * d if a.scaled else 0
         if not a.fused:
-            yield linear("FFN linear", d, 2 * a.ffn_width if a.activation == "bilinear" else a.ffn_width)
+            yield linear("FFN linear", d, 2 * a.ffn_width if a.gated or a.activation == "bilinear" else a.ffn_width)
             if a.activation != "linear":
                 yield Operation("activation", a.activation, (t, a.ffn_width), layer)
+            if a.gated:
+                yield Operation("activation", "bilinear", (t, a.ffn_width), layer)
         yield linear("FFN linear", d if a.fused else a.ffn_width, d, scaling)
         if a.scaled and a.layer_norm:  # without LayerNorm β goes into the weights
             yield Operation("FFN linear", "multiply", (t, d), layer)
     if a.vocabulary:
         if a.final_layer_norm:
-            yield Operation("LayerNorm", "layernorm", (kept, d))
+            yield replace(norm, shape=(kept, d))
         yield Operation("vocabulary projection", "linear", (kept, d, a.vocabulary))

@@ -17,6 +17,7 @@ _BEYOND = {
     "ReLU attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "relu_attention"},
     "x² attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "square_attention"},
     "SM+ScFuFFN, 6 heads": {"activation": "linear", "fused": True, "heads": 6},
+    "Llama's": {"layer_norm": True, "norm": "rmsnorm", "activation": "silu", "gated": True},
 }
 _STATIC = {"layer_norm": False, "activation": "relu"}  # their LayerNorms are annealed
 _PRIVATE = {  # the kinds of blocks of `PRIVATE_VARIANTS`
@@ -40,4 +41,5 @@ def block_architectures() -> dict[str, Architecture]:
     """One block of d = 768 and 12 heads for each of the paper's kinds, and for candidates beyond them."""
     configs = {name: EntropyGPT2Config(**VARIANTS[name].config_fields(), n_layer=1) for name in _PAPER}
     blocks = {name: replace(Architecture.of(config), vocabulary=0) for name, config in configs.items()}
-    return blocks | {n: Architecture(1, vocabulary=0, layer_norm=False, **change) for n, change in _BEYOND.items()}
+    beyond = {name: {"layer_norm": False, **change} for name, change in _BEYOND.items()}
+    return blocks | {name: Architecture(1, vocabulary=0, **change) for name, change in beyond.items()}

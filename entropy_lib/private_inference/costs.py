@@ -5,10 +5,10 @@ from __future__ import annotations
 import html
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 
-from entropy_lib.private_inference.architecture import PARTS, Architecture, Operation, operations
+from entropy_lib.private_inference.architecture import NORMS, Architecture, Operation, operations
 from entropy_lib.private_inference.network import NETWORKS, Network
 
 PRICE_FILES = files("entropy_lib.private_inference") / "prices"
@@ -89,7 +89,7 @@ def unit_prices(name: str) -> UnitPrices:
 
 @dataclass(frozen=True)
 class InferenceCost:
-    """The cost of one private forward pass of T tokens, in total and by part (see `PARTS`).
+    """The cost of one private forward pass of T tokens, in total and by part (see `Architecture.parts`).
 
     Attributes:
         nonlinear_ops: name -> [how many, *shape], as Table 3 prints them; the final LayerNorm is not among them.
@@ -143,7 +143,8 @@ def inference_cost(
     """What one private forward pass over `context_length` tokens costs, operation by operation.
 
     Args:
-        config: an `EntropyGPT2Config`, transformers' configuration of a GPT-2 or an OPT, or an `Architecture`.
+        config: a model or its configuration, this library's or transformers' of one of `MODEL_TYPES` (GPT-2, OPT,
+            GPT-NeoX, Llama, Mistral, Qwen2, Qwen3, Gemma); or an `Architecture`.
         context_length: T, at most the model's positions.
         prices: "paper", fitted to the printed Tables 3, 4, 7 and 8; "spu-0.9.5-cheetah", measured here, with each
             operation as given; "optimized" and "bounded-logits", the same engine by cheaper `methods`;
@@ -155,7 +156,7 @@ def inference_cost(
     Raises ValueError for unknown prices or an unknown network, a model or a length that has no price, and an
     operation that the prices have none for; FileNotFoundError without their files.
     """
-    architecture = config if isinstance(config, Architecture) else Architecture.of(config)
+    architecture = _architecture(config)
     context_length = architecture.checked_length(context_length)
     priced = unit_prices(prices)
     if isinstance(network, str):
@@ -168,8 +169,8 @@ def inference_cost(
         raise ValueError(f"the minutes of {priced.name!r} include the network they were measured on; pass network=None")
     if network and not priced.seconds:
         raise ValueError(f"{priced.name!r} has no minutes that a network could add to; pass network=None")
-    sent, seconds = dict.fromkeys(PARTS, 0.0), dict.fromkeys(PARTS, 0.0)
-    flops = dict.fromkeys(PARTS, 0)
+    sent, seconds = dict.fromkeys(architecture.parts, 0.0), dict.fromkeys(architecture.parts, 0.0)
+    flops = dict.fromkeys(architecture.parts, 0)
     nonlinear: dict[str, list[int]] = {}
     per_layer = 0.0
     for operation in operations(architecture, context_length, logits_to_keep):
@@ -180,9 +181,10 @@ def inference_cost(
             seconds[operation.part] += network.seconds(communicated, priced.rounds[operation.name])
         flops[operation.part] += operation.flops
         per_layer += communicated if operation.layer is not None else 0
-        if operation.part in ("softmax", "LayerNorm", "activation") and operation.layer is not None:
-            heads = operation.shape[0] if operation.part == "softmax" else 1  # Table 3 counts every head
-            entry = nonlinear.setdefault(operation.name, [0, *operation.shape[-2:]])
+        if operation.part in ("softmax", *NORMS.values(), "activation") and operation.layer is not None:
+            heads = operation.shape[0] if len(operation.shape) == 3 else 1  # Table 3 counts every head
+            of_heads = " of queries and keys" if operation.part != "softmax" and heads > 1 else ""
+            entry = nonlinear.setdefault(operation.name + of_heads, [0, *operation.shape[-2:]])
             entry[0] += heads
     label = network.name if network else "included" if priced.includes_network else "none"
     return InferenceCost(
@@ -190,3 +192,34 @@ def inference_cost(
         nonlinear, flops["FFN linear"], flops["attention linear"], sent,
         {part: value / 60 for part, value in seconds.items()}, per_layer / architecture.layers / 1e9,
     )  # fmt: skip
+
+
+def savings(config, context_length: int, prices: str = "spu-0.9.5-cheetah", logits_to_keep: int = 0):
+    """What each removal would save of a model's bytes, alone: a DataFrame, GB that are left and share saved.
+
+    Arguments and errors are those of `inference_cost`. The rows: norms that became constants, as annealed LayerNorms do
+    (the last stays); ReLU for the activation; all but one head of each layer static; all three. What a removal costs
+    in perplexity is another question. A row is missing where there is nothing to remove.
+    """
+    import pandas as pd
+
+    architecture = _architecture(config)
+    changes = {}
+    if architecture.layer_norm:
+        changes["norms become constants"] = {"layer_norm": False, "query_key_norm": False}
+    if architecture.activation not in ("relu", "linear"):
+        changes[f"{architecture.activation} becomes relu"] = {"activation": "relu"}
+    if architecture.heads > 1:
+        changes["one softmax head a layer, the others static"] = {"dynamic_heads": (1,)}
+    if len(changes) > 1:
+        changes["all of these"] = {name: value for change in changes.values() for name, value in change.items()}
+    cost = {
+        name: inference_cost(replace(architecture, **change), context_length, prices, None, logits_to_keep)
+        for name, change in {"as it is": {}, **changes}.items()
+    }
+    left = pd.Series({name: c.communication_gb for name, c in cost.items()})
+    return pd.DataFrame({"GB": left, "saved": 1 - left / left["as it is"]})
+
+
+def _architecture(config) -> Architecture:
+    return config if isinstance(config, Architecture) else Architecture.of(getattr(config, "config", config))

@@ -43,6 +43,7 @@ _FAST = {
     "relu2_attention": ("packed_relu2_attention", {}),
     "square_attention": ("packed_square_attention", {}),
     "layernorm": ("normalize", {}),  # gain and bias go into the next matrix
+    "rmsnorm": ("normalize", {"centre": False}),
     "gelu": ("segments", _GELU),
     "silu": ("segments", _SILU),
     "relu2": ("fast_relu2", {}),
@@ -83,7 +84,7 @@ def apply_method(plan: dict, values: dict[str, np.ndarray], name: str) -> tuple[
     for step in plan["steps"]:
         if step["operation"] in method.functions:
             function, constants = method.functions[step["operation"]]
-            step = {**step, "function": function, "constants": constants}
+            step = {**step, "function": function, "constants": {**step.get("constants", {}), **constants}}
         steps.append(step)
     return {**plan, "steps": steps, "engine": method.engine}, values
 

@@ -38,8 +38,8 @@ FAST_FLOOR = -10.0  # of `packed_softmax`: 5e-5
 # ---- the forward pass, one function a step; [T, d] activations, [heads, T, ...] inside attention
 
 
-def embed(one_hot, tokens, positions):
-    return one_hot @ tokens + positions
+def embed(one_hot, tokens, positions=None):
+    return one_hot @ tokens if positions is None else one_hot @ tokens + positions
 
 
 def linear(x, weight, bias=None):
@@ -53,6 +53,35 @@ def heads(qkv, count, dynamic):
     parts = jnp.split(qkv, [dynamic * size, 2 * dynamic * size], axis=-1)
     parts = [part.reshape(part.shape[0], -1, size).swapaxes(0, 1) for part in parts]
     return tuple(parts) if dynamic else parts[-1]
+
+
+def grouped_heads(qkv, count, groups):
+    """[T, (count + 2·groups)·size] -> query, key and value, [count, T, size] each; a group's heads share key and
+    value. Moves data only."""
+    size = qkv.shape[-1] // (count + 2 * groups)
+    parts = jnp.split(qkv, [count * size, (count + groups) * size], axis=-1)
+    query, *shared = (part.reshape(part.shape[0], -1, size).swapaxes(0, 1) for part in parts)
+    return query, *(part.repeat(count // groups, axis=0) for part in shared)
+
+
+def rotary(x, frequencies):
+    """Turns pairs of columns, half a head apart, by the position times a frequency: the first 2·len(frequencies)
+    columns, by public numbers."""
+    turned = 2 * len(frequencies)
+    angles = np.arange(x.shape[-2])[:, None] * np.array([*frequencies, *frequencies])
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    first, second, rest = jnp.split(x, [turned // 2, turned], axis=-1)
+    pairs, across = jnp.concatenate([first, second], -1), jnp.concatenate([-second, first], -1)
+    return jnp.concatenate([pairs * cos + across * sin, rest], -1)
+
+
+def head_gain(x, gain):
+    """Scales the columns of every head, by the server's numbers as a matrix."""
+    return (x.reshape(-1, x.shape[-1]) @ gain).reshape(x.shape)
+
+
+def halves(x):
+    return tuple(jnp.split(x, 2, axis=-1))
 
 
 def multiply(x, y):
@@ -123,8 +152,17 @@ def layernorm(x, gain, bias):
     return centred * jax.lax.rsqrt((centred * centred).mean(-1, keepdims=True) + 1e-5) * gain + bias
 
 
+def rmsnorm(x, epsilon=1e-5):
+    """Its gain is in the next matrix."""
+    return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + epsilon)
+
+
 def gelu(x):
     return jax.nn.gelu(x, approximate=True)
+
+
+def silu(x):
+    return jax.nn.silu(x)
 
 
 def relu(x):
@@ -267,27 +305,29 @@ def scale_rows(x, scale):
     return jnp.where(np.eye(x.shape[-2], dtype=bool), scale, np.float32(0.0)) @ x
 
 
-def normalize(x):
-    """`layernorm` whose gain and bias went into the next matrix. The squares are summed as the diagonal of c·cᵀ, 128
-    rows at a time, and must stay below 2²⁷: rows of 768 may have a standard deviation of 300.
+def normalize(x, centre=True, epsilon=1e-5):
+    """`layernorm`, or `rmsnorm` if not `centre`, whose gain and bias went into the next matrix. The squares are summed
+    as the diagonal of c·cᵀ, 128 rows at a time, and must stay below 2²⁷: rows of 768 may have a standard deviation of
+    300.
 
     1/d has few digits in fixed point, so the mean is taken twice, which costs nothing, and 1/d in two factors.
     """
-    block, width = (128 if len(x) % 128 == 0 else len(x)), x.shape[-1]
+    width, rows = x.shape[-1], x.size // x.shape[-1]
+    block = 128 if rows % 128 == 0 else x.shape[-2]
     power = 2 ** (width.bit_length() - 1)
-    for _ in range(2):
+    for _ in range(2 * centre):
         x = x - x.mean(-1, keepdims=True)
     centred = x.reshape(-1, block, width)
     diagonal = np.eye(block, dtype=np.float32) * np.float32(power / width)
     squares = (centred @ centred.swapaxes(1, 2) * diagonal).sum(-1, keepdims=True) / power
-    return scale_rows(centred, jax.lax.rsqrt(squares + 1e-5)).reshape(x.shape)
+    return scale_rows(centred, jax.lax.rsqrt(squares + epsilon)).reshape(x.shape)
 
 
 OPERATIONS = {
     f.__name__.lstrip("_"): f
-    for f in (embed, linear, heads, multiply, scores, mix, static, join, last, add, softmax, relu_attention,
-              relu2_attention, square_attention, layernorm,
-              gelu, relu, relu2, square, _bilinear, fast_square, fast_relu2, segments, packed_softmax, bounded_softmax,
+    for f in (embed, linear, heads, grouped_heads, rotary, head_gain, halves, multiply, scores, mix, static, join, last,
+              add, softmax, relu_attention, relu2_attention, square_attention, layernorm, rmsnorm, gelu, silu, relu,
+              relu2, square, _bilinear, fast_square, fast_relu2, segments, packed_softmax, bounded_softmax,
               packed_relu_attention, packed_relu2_attention, packed_square_attention, scale_rows, normalize)
 }  # fmt: skip
 

@@ -16,8 +16,11 @@ from entropy_lib.folding import fold_for_inference
 from entropy_lib.logit_range import logit_range
 from entropy_lib.modeling import EntropyGPT2LMHeadModel
 from entropy_lib.private_inference.architecture import Architecture, whole_number
+from entropy_lib.private_inference.llama import is_llama, llama_weights
 from entropy_lib.private_inference.methods import apply_method, check_spread, get_method
 from entropy_lib.private_inference.parties import run_plan
+
+_EXPECTED = "expected a model of this library, a GPT2LMHeadModel or one of Llama's kind"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ def run_two_party(
     in the last place of products is allowed. Do not protect real secrets with it.
 
     Args:
-        model: any of this library, or transformers' GPT2LMHeadModel; it is folded first (`fold_for_inference`).
+        model: any of this library, which is folded first (`fold_for_inference`), transformers' GPT2LMHeadModel, or one
+            of its models of Llama's kind (Llama, Mistral, Qwen2, Qwen3, Gemma).
         input_ids: [T] or [1, T], T at least 2.
         protocol: "CHEETAH", two processes that talk over loopback, homomorphic encryption and oblivious transfer, the
             paper's; or "SEMI2K", one process with both parties and a trusted dealer: fast, its bytes are not
@@ -85,13 +89,14 @@ def run_two_party(
     ids = _sequence(model, input_ids)
     if not 0 <= kept <= len(ids):
         raise ValueError(f"logits_to_keep must be from 0 to {len(ids)}, got {kept}")
-    architecture, weights = server_weights(model, len(ids))
+    architecture, weights, public = server_weights(model, len(ids))
     if any(module.training for module in model.modules()):
         model = copy.deepcopy(model).eval()  # the caller's may be in training in another thread
     if bounded:
         check_spread(method, _spread(model, ids) if spread is None else spread)
     one_hot = np.eye(architecture.vocabulary, dtype=np.float32)[ids.numpy()]
-    plan = forward_plan(architecture, {name: list(array.shape) for name, array in weights.items()}, len(ids), kept)
+    shapes = {name: list(array.shape) for name, array in weights.items()}
+    plan = forward_plan(architecture, shapes, len(ids), kept, **public)
     plan, values = apply_method(plan, {**weights, "one_hot": one_hot}, method)
     outputs, steps = run_plan(plan, values, protocol, record=record, progress=progress, **options)
     logits = torch.from_numpy(outputs["logits"]).float()[None]
@@ -108,8 +113,8 @@ def _spread(model: torch.nn.Module, ids: Tensor) -> float:
 def _sequence(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
     """[T] int64 on the CPU. ValueError for anything that is not one sequence which the model takes."""
     config = getattr(model, "config", None)
-    if not isinstance(config, GPT2Config):
-        raise ValueError(f"expected a model of this library or a GPT2LMHeadModel, got {type(model).__name__}")
+    if not (isinstance(config, GPT2Config) or is_llama(model)):
+        raise ValueError(f"{_EXPECTED}, got {type(model).__name__}")
     try:
         input_ids = torch.as_tensor(input_ids)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -122,8 +127,8 @@ def _sequence(model: torch.nn.Module, input_ids: Tensor) -> Tensor:
     ids = ids.long().cpu()
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(f"token ids must be in [0, {config.vocab_size}), got {ids.min()} to {ids.max()}")
-    if len(ids) > config.n_positions:
-        raise ValueError(f"input of {len(ids)} tokens exceeds the model's {config.n_positions} positions")
+    if len(ids) > config.max_position_embeddings:
+        raise ValueError(f"input of {len(ids)} tokens exceeds the model's {config.max_position_embeddings} positions")
     return ids
 
 
@@ -135,7 +140,7 @@ def generate_two_party(
     The passes start anew, there being no private key-value cache.
     """
     ids, count = _sequence(model, input_ids)[None], whole_number("max_new_tokens", max_new_tokens)
-    most = model.config.n_positions - ids.shape[1] + 1  # the last token is not read again
+    most = model.config.max_position_embeddings - ids.shape[1] + 1  # the last token is not read again
     if not 0 <= count <= most:
         raise ValueError(f"max_new_tokens must be 0 to {most}, as far as the model's positions reach, got {count}")
     for _ in range(count):
@@ -144,8 +149,9 @@ def generate_two_party(
     return ids
 
 
-def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Architecture, dict[str, np.ndarray]]:
-    """What the server brings: the folded weights as float32, with what else is linear moved into them.
+def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Architecture, dict[str, np.ndarray], dict]:
+    """What the server brings: the folded weights as float32, with what else is linear moved into them; and what both
+    know, the last arguments of `forward_plan`. Of a model of Llama's kind: `llama_weights`.
 
     1/√d_k goes into W_Q. Without LayerNorm the stream may carry any scale s, so that β costs nothing: a layer reads
     s·X through scaled W, adds its FFN's output over s·β, and hands s·β on. What stays is the temperature's scale of
@@ -153,6 +159,8 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
 
     Static heads become T×T matrices. Of a value residual, V + b·V₀, b goes out through W_V and W_O: b·(V/b + V₀).
     """
+    if is_llama(model):
+        return llama_weights(model, context_length)
     architecture = Architecture.of(model.config)
     context_length = architecture.checked_length(context_length)
     if (architecture.layer_norm or architecture.final_layer_norm) and abs(
@@ -174,7 +182,7 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
                 f"parameters other than GPT-2's ({strange[0]}, ...): merge adapters into its weights first"
             )
     else:
-        raise ValueError(f"expected a model of this library or a GPT2LMHeadModel, got {type(model).__name__}")
+        raise ValueError(f"{_EXPECTED}, got {type(model).__name__}")
     state = {name: value.detach().double().cpu() for name, value in model.state_dict().items()}
     body = "transformer."
     weights = {
@@ -227,32 +235,46 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
     arrays = {name: np.ascontiguousarray(value.float().cpu().numpy()) for name, value in weights.items()}
     if broken := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
         raise ValueError(f"weights of the model are not finite once β is moved into them: {', '.join(broken)}")
-    return architecture, arrays
+    return architecture, arrays, {}
 
 
 def forward_plan(
-    architecture: Architecture, weights: dict[str, list[int]], context_length: int, logits_to_keep: int = 0
-) -> dict:
+    architecture: Architecture, weights: dict[str, list[int]], context_length: int, logits_to_keep: int = 0, *,
+    epsilon: float = 1e-5, frequencies: list[float] | None = None,
+) -> dict:  # fmt: skip
     """The plan of a forward pass (see `party`): the client's one-hot ids to logits, or, without a vocabulary, one or
-    more blocks from a hidden state that both parties hold shares of. `weights`: name to shape."""
+    more blocks from a hidden state that both parties hold shares of. `weights`: name to shape; `epsilon` of RMSNorms;
+    `frequencies`: of rotary positions, in radians a token, one for each pair of columns of a head."""
     a, t = architecture, context_length
     inputs = {name: {"owner": "server", "shape": shape, "dtype": "float32"} for name, shape in weights.items()}
     steps = []
 
-    def step(part, operation, sources, result, **constants):
+    def step(part, operation, sources, result, function=None, **constants):
         results = [result] if isinstance(result, str) else result
         entry = {"part": part, "operation": operation, "inputs": sources, "outputs": results}
+        entry |= {"function": function} if function else {}
         steps.append({**entry, "constants": constants} if constants else entry)
 
     def linear(part, x, name, result):
         step(part, "linear", [x, f"{name}.weight", f"{name}.bias"], result)
 
-    def norm(name, result):
-        step("LayerNorm", "layernorm", ["x", f"{name}.weight", f"{name}.bias"], result)
+    def norm(name, result, source="x"):
+        if a.norm == "rmsnorm":  # its gain is in the next matrix
+            step("RMSNorm", "rmsnorm", [source], result, epsilon=epsilon)
+        else:
+            step("LayerNorm", "layernorm", [source, f"{name}.weight", f"{name}.bias"], result)
+
+    def turn(part, name):
+        """Queries or keys, normalised if they are, by their positions."""
+        if a.query_key_norm:
+            norm(name, part, part)
+            step("attention linear", "linear", [part, name], part, function="head_gain")
+        if frequencies is not None:
+            step("attention linear", "rotary", [part], part, frequencies=frequencies)
 
     if a.vocabulary:
         inputs["one_hot"] = {"owner": "client", "shape": [t, a.vocabulary], "dtype": "float32"}
-        step("embedding", "embed", ["one_hot", "tokens", "positions"], "x")
+        step("embedding", "embed", [name for name in ("one_hot", "tokens", "positions") if name in inputs], "x")
     else:
         inputs["x"] = {"owner": "client", "shape": [t, a.width], "dtype": "float32", "shared": True}
     source = "h" if a.layer_norm else "x"
@@ -262,7 +284,12 @@ def forward_plan(
         linear("attention linear", source, f"{layer}.qkv", "qkv")
         dynamic, values = a.heads_of_layer(layer), "v" if layer or not a.value_residual else "v0"
         parts = ["q", "k", values] if dynamic else [values]
-        step("attention linear", "heads", ["qkv"], parts, count=a.heads, dynamic=dynamic)
+        if a.norm == "rmsnorm":
+            step("attention linear", "grouped_heads", ["qkv"], parts, count=a.heads, groups=a.key_value_heads)
+            turn("q", f"{layer}.query_gain")
+            turn("k", f"{layer}.key_gain")
+        else:
+            step("attention linear", "heads", ["qkv"], parts, count=a.heads, dynamic=dynamic)
         if a.value_residual and layer:
             step("attention linear", "add", ["v", "v0"], "v")
         if a.tempered and dynamic:
@@ -283,8 +310,12 @@ def forward_plan(
             linear("FFN linear", source, f"{layer}.ffn_out", "y")
         else:
             linear("FFN linear", source, f"{layer}.ffn_in", "u")
+            if a.gated:
+                step("FFN linear", "halves", ["u"], ["u", "w"])
             if a.activation != "linear":
                 step("activation", a.activation, ["u"], "u")
+            if a.gated:
+                step("activation", "bilinear", ["u", "w"], "u", function="multiply")
             linear("FFN linear", "u", f"{layer}.ffn_out", "y")
         if a.scaled and a.layer_norm:
             step("FFN linear", "multiply", ["x", f"{layer}.beta"], "x")

@@ -56,7 +56,7 @@ def simulate(plans, values):
 
 
 def forward(model, ids):
-    architecture, weights = server_weights(model, len(ids))
+    architecture, weights, _ = server_weights(model, len(ids))
     plan = forward_plan(architecture, {name: list(array.shape) for name, array in weights.items()}, len(ids))
     return plan, {**weights, "one_hot": np.eye(architecture.vocabulary, dtype=np.float32)[ids]}
 
@@ -103,7 +103,7 @@ def test_two_processes_under_cheetah(private, started, monkeypatch, tmp_path):
 
     assert listening == {"127.0.0.1"}
     assert {path.parts[0] for path in files} == {"0", "1"}
-    _, weights = server_weights(model, len(IDS))
+    _, weights, _ = server_weights(model, len(IDS))
     one_hot = np.eye(97, dtype=np.float32)[IDS]
     given = dict(np.load(tempfile_copy(tmp_path, files[Path("1/inputs.npz")])))
     assert set(given) == set(weights)
