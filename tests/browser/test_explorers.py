@@ -1,14 +1,15 @@
 """What the browser shows is what the library computes, after the keyboard and the mouse have moved the controls."""
 
 import math
+import re
 
-import numpy as np
 import pytest
 import torch
-from window import MARKS, Window, runs_as_recorded
+from window import MARKS, Window, inspector_as_computed, runs_as_recorded
 
 from entropy_lib import record_entropy
-from entropy_lib.explore import run_explorer
+from entropy_lib.explore import attention_inspector, run_explorer
+from entropy_lib.explore.inspector import TEXTS
 from entropy_lib.explore.recorded_runs import recorded
 from entropy_lib.explore.tiny_model import load_tiny_model
 
@@ -70,16 +71,21 @@ def test_runs(page, records):
 
 
 def test_inspector(page):
-    window = Window(page, "inspector")
-    text = "import math\nprint(math.pi)\n"
-    window.control("text").focus()
+    """A text typed in the page is read by the kernel; what is shown of it is the library's."""
+    root = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-position)")
+    root.scroll_into_view_if_needed()
+    explorer = attention_inspector()
+    explorer.text = "import math\nprint(math.pi)\n"
+    says = lambda: root.locator(".entropy-status", has_text=explorer.words()).wait_for()  # noqa: E731
+    root.locator("textarea").focus()
     page.keyboard.press("Control+a")
-    page.keyboard.type(text, delay=20)
-    window.press("layer", "Home")
-    window.press("layer", "ArrowRight", 2)
-    window.press("head", "End")
+    page.keyboard.type(explorer.text, delay=20)
+    press(page, root, "layer", "Home", "ArrowRight", "ArrowRight")
+    press(page, root, "head", "End")
+    explorer.layer, explorer.head = 2, 3
+    says()
     model, tokenizer = load_tiny_model()
-    ids = tokenizer(text, return_tensors="pt").input_ids
+    ids = tokenizer(explorer.text, return_tensors="pt").input_ids
     with torch.no_grad(), record_entropy(model) as recorder:
         model(ids)
     entropy = torch.cat(recorder.entropies)  # [L, H, T]: one sequence
@@ -87,33 +93,37 @@ def test_inspector(page):
     with torch.no_grad():
         attention = model(ids, output_attentions=True).attentions[2][0, -1]
 
-    cells, weights, _, grid, chosen, matrix, here = window.traces()
-    np.testing.assert_allclose(grid["z"], entropy.mean(-1), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(matrix["z"], attention, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(cells["color"], entropy[2, -1], rtol=1e-4, atol=1e-5)
-    assert (chosen["x"], chosen["y"]) == ([3], [2])
-    assert here["y"] == [ids.shape[1] - 1] * 2  # the end of the text
+    inspector_as_computed(root, explorer, entropy.mean(-1), attention)
+    assert explorer.position == ids.shape[1] - 1  # the end of the text
 
-    position = 4
-    hover(window, cells["base"][position] + cells["x"][position] / 2, cells["y"][position])
-    row = attention[position]
-    weights, here = window.traces()[1], window.traces()[-1]
-    np.testing.assert_allclose(weights["width"], 0.3 * row / row.max(), rtol=1e-4, atol=1e-6)
-    assert here["y"] == [position] * 2
-    assert window.readout("position") == position
-    nats = entropy[2, -1, position].item()
-    assert f"{nats:.3g} nats, {math.exp(nats):.3g} keys" in window.status()
+    root.locator(".entropy-tokens span").nth(4).hover()
+    explorer.position = 4
+    says()
+    inspector_as_computed(root, explorer, entropy.mean(-1), attention)
+    nats = entropy[2, -1, 4].item()
+    assert f"{nats:.3g} nats, {math.exp(nats):.3g} keys" in root.locator(".entropy-status").inner_text()
+
+    cell = root.locator(".entropy-cell").nth(1 * 4 + 2).bounding_box()
+    page.mouse.click(cell["x"] + 3, cell["y"] + 3)
+    explorer.layer, explorer.head = 1, 2
+    says()
+    press(page, root, "temperature", *["ArrowRight"] * 12)
+    root.locator("output", has_text=re.compile(r"^2$")).wait_for()
+    explorer.temperature = 2.0
+    says()
+    lists = root.locator(".entropy-expected")
+    lists.nth(1).wait_for()
+    for name, found in zip(("before", "after"), lists.all(), strict=True):
+        told = [float(p) for p in found.locator("span").all_text_contents()]
+        assert told == pytest.approx([p for _, p in explorer.predictions[name][4]], abs=6e-4)
+    root.locator("textarea").fill("")
+    root.locator(".entropy-status", has_text="no tokens").wait_for()
+    root.locator(".entropy-try").select_option(label="brackets")
+    explorer.text = TEXTS["brackets"]
+    says()
 
 
-def hover(window, x: float, y: float):
-    """The mouse to a place in the figure's first panel, in the panel's coordinates."""
-    pixel = window.figure.evaluate(
-        """(figure, [x, y]) => {
-          const { xaxis, yaxis } = figure._fullLayout, box = figure.getBoundingClientRect();
-          return [box.x + xaxis._offset + xaxis.l2p(x), box.y + yaxis._offset + yaxis.l2p(y)];
-        }""",
-        [x, y],
-    )
-    window.page.mouse.move(pixel[0] - 3, pixel[1])
-    window.page.mouse.move(*pixel, steps=3)
-    window.settle()
+def press(page, root, name: str, *keys: str):
+    root.locator(f".entropy-{name}").focus()
+    for key in keys:
+        page.keyboard.press(key)

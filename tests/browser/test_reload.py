@@ -4,7 +4,7 @@ import pytest
 from conftest import prepare
 from window import MARKS, Window
 
-MOVES = {"playground": None, "inspector": "position"}
+MOVES = {"playground": None}
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,20 @@
 """One explorer in the page: its controls by keyboard and mouse, its figure's data as the browser holds them."""
 
+import base64
+import io
 import math
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from entropy_lib import entropy_bands
+from entropy_lib import attention_entropy, entropy_bands
 from entropy_lib.explore.recorded_runs import learned_means
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "browser"
-MARKS = {"playground": "learning_rate", "inspector": "text"}  # a control that only this explorer has
+MARKS = {"playground": "learning_rate"}  # a control that only this explorer has
 
 
 class Window:
@@ -87,6 +90,35 @@ def runs_as_recorded(root, explorer, levels: int):
     for d, left in zip(drawn("cursor", "d"), (56, 506), strict=True):
         x = [float(place) for place in re.findall(r"M([\d.]+) ", d)]
         assert x == pytest.approx([left + 384 * explorer.step / last] * 2, abs=0.06)
+
+
+def inspector_as_computed(root, explorer, entropy, attention, levels: int = 65_534):
+    """Whether the inspector's map has the heads' entropies [L, H] and its matrix, bars and dot those of `attention`.
+
+    `attention` is [T, T], of the chosen head at its temperature; `levels` are those of a weight in the page.
+    """
+    size, coarse = len(attention), levels < 256
+    most = math.log(size)
+    cells = root.locator(".entropy-cell")
+    shades = [
+        explorer.colors.index(fill) for fill in cells.evaluate_all("all => all.map((c) => c.getAttribute('fill'))")
+    ]
+    shown = entropy.clone()
+    shown[explorer.layer, explorer.head] = attention_entropy(attention).mean()
+    np.testing.assert_allclose(shades, shown.flatten() / most * 63, atol=0.51 + 0.2 * coarse)
+    picture = root.locator(".entropy-matrix").get_attribute("href").split(",")[1]
+    alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode(picture))).convert("RGBA"))[..., 3]
+    np.testing.assert_allclose(alpha, 255 * attention.sqrt(), atol=0.52 + 2 * coarse)
+    row = attention[explorer.position]
+    bars = root.locator(".entropy-tokens i").evaluate_all("all => all.map((bar) => parseFloat(bar.style.height))")
+    np.testing.assert_allclose(bars, 9 * row / row.max(), atol=0.0051 + 0.06 * coarse)
+    marks = root.locator(".entropy-tokens span").evaluate_all("all => all.map((mark) => mark.style.outlineWidth)")
+    assert [index for index, width in enumerate(marks) if width == "2px"] == [explorer.position]
+    nats = attention_entropy(attention)
+    y = places(root.locator("path.entropy-entropy").get_attribute("d"))[1]
+    np.testing.assert_allclose(y, 334 - 290 * nats / most, atol=0.06 + 2 * coarse)
+    dot = float(root.locator(".entropy-here").get_attribute("cy"))
+    assert dot == pytest.approx(y[explorer.position], abs=0.11)
 
 
 def losses_of(record) -> list[float]:

@@ -97,7 +97,7 @@ def test_one_key_is_worth_zero_nats_without_a_sign():
     assert controls.keys_worth(-0.0) == controls.keys_worth(0.0) == "0 nats, 1 keys’ worth"
 
 
-MOVED = {"training_playground": ("show", None), "attention_inspector": ("text", "a b")}
+MOVED = {"training_playground": ("show", None)}
 
 
 def plain(value):
