@@ -38,8 +38,8 @@ from entropy_lib import explore
 from entropy_lib.explore import (
     attention_logits,
     figures,
-    inspector,
     playground,
+    reading,
     recorded_runs,
     static_picture,
     tiny_model,
@@ -179,9 +179,10 @@ def settings_of_a_gpu():
     torch.backends.fp32_precision = "tf32"
 
 
-def explorer(name, control, value):
-    made = getattr(explore, name)()
-    made.controls[control].value = value
+def inspected():
+    made = explore.attention_inspector()
+    made.text, made.temperature = "a b", 2.0
+    made.html()
     made.still()
     made.close()
 
@@ -227,10 +228,10 @@ CALLS = {
     "temperature_explorer": lambda **_: explore.temperature_explorer().still(),
     "run_explorer": lambda **_: explore.run_explorer().still(),
     "cost_explorer": lambda **_: explore.cost_explorer().still(),
-    "attention_inspector": lambda **_: explorer("attention_inspector", "text", "a b"),
+    "attention_inspector": lambda **_: inspected(),
     "training_playground": lambda corpus, **_: trained_in_the_playground(corpus),
     "logits_of": lambda **_: attention_logits.logits_of(*MODEL_AND_TOKENIZER, "a b c"),
-    "read_attention": lambda **_: inspector.read_attention(*MODEL_AND_TOKENIZER, "a b c"),
+    "read_attention": lambda **_: reading.read_attention(*MODEL_AND_TOKENIZER, "a b c"),
     "load_tiny_model": lambda **_: tiny_model.load_tiny_model(),
     "show": lambda monkeypatch, **_: shown(monkeypatch),
     "compare": lambda **_: compare(load_runs(recorded_runs.RUNS / "table3")),
