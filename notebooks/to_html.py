@@ -1,4 +1,4 @@
-"""`python notebooks/to_html.py build/site`: the README and the committed notebooks as pages that need no Python.
+"""`python notebooks/to_html.py build/site`: the README, the committed notebooks and a microscope, without Python.
 
 Explorers move, formulas are MathML, and nothing is asked of another host, so that the folder can be opened from a disk
 or published as static pages.
@@ -15,6 +15,8 @@ from jinja2 import pass_context
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+from entropy_lib.explore import microscope
 
 NOTEBOOKS = Path(__file__).resolve().parent
 LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)]+)\)")
@@ -97,14 +99,35 @@ def start_page(readme: str, first: nbformat.NotebookNode) -> nbformat.NotebookNo
     )
 
 
+MICROSCOPE = """# The microscope
+
+SmolLM2-135M has 270 heads, 30 layers of 9, and this is how each of them read six short texts. Choose a text, hover over
+a token, click a head: see where it looks, what its entropy is, and how that compares with looking at every key alike
+and with the habit of the first token.
+
+Dots mark heads that park: over half of their weight is on the first token, whatever it is. Low entropy is
+then no sign of a sharp eye ([03](03_any_transformer.ipynb) says more). Try the repetition, and look for heads that find
+what came next the last time; or the code, where a head of layer 11 always looks one token back.
+"""
+
+
+def microscope_page() -> nbformat.NotebookNode:
+    """The inspector on the readings of data/smollm2_readings.json."""
+    shown = nbformat.v4.new_output("display_data", data={"text/html": microscope().html()})
+    code = nbformat.v4.new_code_cell(outputs=[shown], metadata={"jupyter": {"source_hidden": True}})
+    return nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(MICROSCOPE), code])
+
+
 def main(folder: Path) -> None:
     notebooks = {path: nbformat.read(path, as_version=4) for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
     titles = {path: re.search(r"^# (.*)", book.cells[0].source)[1] for path, book in notebooks.items()}
     series = [("Overview", "index.html"), *((title, f"{path.stem}.html") for path, title in titles.items())]
+    series.append(("The microscope", "microscope.html"))
     readme = NOTEBOOKS.parent / "README.md"
     first = next(iter(notebooks.values()))
     pages = {"index": ("entropy_lib and its notebooks", readme, start_page(readme.read_text(encoding="utf-8"), first))}
     pages |= {path.stem: (titles[path], path, notebook) for path, notebook in notebooks.items()}
+    pages["microscope"] = ("The microscope", readme, microscope_page())
     folder.mkdir(parents=True, exist_ok=True)
     exporter = Pages()
     for name, (title, path, notebook) in pages.items():

@@ -9,6 +9,7 @@ _EXPLORERS = {  # name: its file, named otherwise, since importing a file puts i
     "training_playground": "playground",
     "cost_explorer": "pricing",
     "attention_inspector": "inspector",
+    "microscope": "inspector",
     "tug_of_war": "toy_head",
     "collapse_film": "film",
 }

@@ -179,14 +179,14 @@ function render({ model, el }) {
 
   const draw = () => {
     words.textContent = model.get("trouble");
-    set(words, { style: model.get("trouble") ? `color: ${OVERLOAD}` : "" });
+    words.classList.toggle("entropy-trouble", Boolean(model.get("trouble")));
     predict();
     if (!reading) return;
     const [layer, n] = place(), query = position(), t = model.get("temperature"), at = `${key} ${layer} ${n} ${t}`;
     if (last.at !== at) {
       if (last.cell && last.cell.join() !== `${layer},${n}`) colour(...last.cell, 1);
       head = colour(layer, n, t);
-      last = { at, cell: [layer, n] };
+      last = { ...last, at, cell: [layer, n] };
       all.here(layer, n);
       paint(head.rows);
       set(curves.entropy, { d: path(head.entropies) });
@@ -214,6 +214,8 @@ function render({ model, el }) {
       `Layer ${layer}, head ${n}: ${worth(nats(head.mean))} on average, uniform ${significant(all.uniform)} nats · ` +
         `${head.first.toFixed(2)} on the first token, which leaves at most ${significant(nats(mean(head.habits)))} nats${parks}${before}`,
     ].join("\n");
+    // It does not shrink again: what is below would go away from under the mouse, whose place it follows.
+    if (words.offsetHeight > (last.height ?? 0)) set(words, { style: `min-height: ${(last.height = words.offsetHeight)}px` });
   };
 
   // What the model expects after the query, as it is and with the chosen head at its temperature.
@@ -275,7 +277,7 @@ function render({ model, el }) {
       make("div", { class: "controls" }, box, why),
       make("div", { class: "controls" }, layerRange, headRange, queryRange,
         range(model, "temperature", "temperature t of this head", LOW, HIGH, Math.log10(2) / 12, significant, true)),
-      words, strip, svg, next),
+      strip, words, svg, next),
   );
 
   const queue = onceAFrame(draw);
@@ -308,7 +310,9 @@ function render({ model, el }) {
 
 const LOOK = `
 .entropy-module textarea.entropy-text { flex: 1 1 420px; max-width: 640px; min-width: 0; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; color: inherit; background: transparent; border: 1px solid ${HEALTHY}; box-sizing: border-box }
+.entropy-module .entropy-position + output { width: 7em; overflow: hidden; white-space: pre; text-overflow: ellipsis }
 .entropy-module .entropy-why { opacity: 0.8 }
+.entropy-module .entropy-trouble { color: ${OVERLOAD} }
 .entropy-module .entropy-status { white-space: pre-line }
 .entropy-tokens { max-width: 950px; margin: 4px 0 12px; font: 13px/1.6 ui-monospace, Menlo, Consolas, monospace }
 .entropy-tokens span { display: inline-block; position: relative; margin: 0 2px 3px 0; padding: 0 2px 10px; white-space: pre; cursor: pointer; outline-offset: -1px }

@@ -11,19 +11,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from window import OUTPUT, runs_as_recorded
+from transformers import BertConfig, BertModel
+from window import OUTPUT, inspector_as_computed, runs_as_recorded
 
+from entropy_lib import attention_entropy
 from entropy_lib.clone import CLONE
 from entropy_lib.explore import (
+    attention_inspector,
     collapse_film,
     cost_explorer,
+    microscope,
     penalty_explorer,
     run_explorer,
     temperature_explorer,
     tug_of_war,
 )
+from entropy_lib.explore.inspector import habit, on_the_first
 from entropy_lib.explore.pricing import CHOICES
+from entropy_lib.explore.reading import packed, read_attention, unpacked
 from entropy_lib.explore.recorded_runs import learned_means, recorded
+from entropy_lib.explore.tiny_model import load_tiny_model
 from entropy_lib.training.records import load_runs
 
 FRAME = 33  # ms from an input event to the frame after it: two frames, since machines of a CI are shared
@@ -459,6 +466,134 @@ def test_the_tug_of_war_moves_without_a_kernel(open_html):
     assert page.errors == []
 
 
+def test_the_inspector_module_computes_what_the_library_does(open_html):
+    page, recorded = open_html(tug_of_war()), microscope()
+    encoder = packed(bert_reading(), 254)
+    own = attention_inspector()
+    for reading, attention in (
+        (recorded.shown, recorded.attention), (own.shown, own.attention), (encoder, unpacked(encoder)),
+    ):  # fmt: skip
+        for layer, head, t in ((0, 0, 1.0), (1, 1, 0.25), (1, 0, 4.0), (0, 1, 2.0)):
+            found = page.evaluate(
+                """async ([source, reading, layer, head, t]) => {
+                    const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+                    const read = await module.unpacked(reading), found = module.headAt(read.rows(layer, head), t);
+                    return { ...found, rows: found.rows.map((row) => [...row]) };
+                }""",
+                [str(recorded._esm), reading, layer, head, t],
+            )
+            rows = (attention[layer, head].log() / t).softmax(-1)
+            seen = [row[row > 0].tolist() for row in rows]
+            assert [len(row) for row in found["rows"]] == [len(row) for row in seen]
+            np.testing.assert_allclose(sum(found["rows"], []), sum(seen, []), rtol=1e-6)
+            for name, ours in (("entropies", attention_entropy(rows)), ("habits", habit(rows))):
+                np.testing.assert_allclose(found[name], ours, rtol=1e-6, atol=1e-9)
+            assert found["mean"] == pytest.approx(attention_entropy(rows).mean().item(), rel=1e-6)
+            assert found["first"] == pytest.approx(on_the_first(rows).item(), rel=1e-6)
+
+
+def bert_reading():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertModel(BertConfig(**sizes, vocab_size=2048, initializer_range=0.5))
+    return read_attention(model, load_tiny_model()[1], "a bidirectional reading of a line")
+
+
+@pytest.mark.parametrize("make", [attention_inspector, microscope])
+def test_the_inspector_moves_without_a_kernel(open_html, make):
+    explorer = make()
+    readings, page = explorer.state()["readings"], open_html(explorer)
+    says = lambda: page.locator(".entropy-status", has_text=explorer.words()).wait_for()  # noqa: E731
+
+    def at(**values):
+        for name, value in values.items():
+            setattr(explorer, name, value)
+        explorer.readings = readings  # those that the page has: a byte a weight
+        says()
+        entropy = attention_entropy(explorer.attention).mean(-1)
+        inspector_as_computed(page, explorer, entropy, explorer.rows(), levels=254)
+
+    at()
+    assert page.locator("textarea").get_attribute("readonly") is not None
+    page.get_by_text("a text of your own needs a running kernel").wait_for()
+    parks = page.locator("circle.entropy-parked").evaluate_all(
+        "all => all.slice(1).map((dot) => dot.getAttribute('visibility') === 'visible')"
+    )
+    assert parks == explorer.parks.flatten().tolist()
+    page.get_by_text(f"{sum(parks)} of {len(parks)} heads park: over 0.5").wait_for()
+    names = [name for name, _ in explorer.texts]
+    assert page.locator(".entropy-try option").all_text_contents() == names
+    assert len(names) == 6
+    page.locator(".entropy-tokens span").nth(5).hover()
+    at(position=5)
+    for name in names[1:]:
+        page.locator(".entropy-try").select_option(label=name)
+        at(text=dict(explorer.texts)[name])
+        assert explorer.position == 5
+        assert page.locator("textarea").input_value() == explorer.text
+    for name, key in (("position", "End"), ("layer", "Home"), ("head", "End")):
+        page.locator(f".entropy-{name}").focus()
+        page.keyboard.press(key)
+    layers, heads = explorer.attention.shape[:2]
+    at(position=len(explorer.shown["tokens"]) - 1, layer=0, head=heads - 1)
+    page.locator(".entropy-try").select_option(label=names[0])
+    at(text=dict(explorer.texts)[names[0]])  # who was at the end stays there
+    assert explorer.position == len(explorer.shown["tokens"]) - 1
+    cell = page.locator(".entropy-cell").nth((layers - 1) * heads + 1).bounding_box()
+    page.mouse.click(cell["x"] + 2, cell["y"] + 2)
+    at(layer=layers - 1, head=1)
+    page.locator(".entropy-temperature").focus()
+    for key, t in (("End", 4.0), ("Home", 0.25)):
+        page.keyboard.press(key)
+        at(temperature=t)
+    matrix = page.locator(".entropy-matrix").bounding_box()
+    size = len(explorer.shown["tokens"])
+    page.mouse.move(matrix["x"] + 3, matrix["y"] + 7.5 / size * matrix["height"])
+    at(position=7)
+    page.get_by_text("Next tokens: what comes next needs a running kernel.").wait_for()
+    assert page.errors == []
+
+
+def test_the_inspector_says_when_it_cuts_a_text(open_html):
+    explorer = attention_inspector(text="x = [1, 2, 3]\n" * 20)
+    page = open_html(explorer)
+    explorer.readings = explorer.state()["readings"]
+    page.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    assert re.match(r"The first 64 of \d{3} tokens\.", page.locator(".entropy-status").inner_text())
+    assert page.locator(".entropy-try option").all_text_contents()[-1] == "your text"
+    empty = attention_inspector(text="")
+    page = open_html(empty)
+    page.locator(".entropy-status", has_text="type a word").wait_for()
+    page.locator(".entropy-try").select_option(label="brackets")
+    empty.text = dict(empty.texts)["brackets"]
+    empty.readings = empty.state()["readings"]
+    page.locator(".entropy-status", has_text=empty.words()).wait_for()
+    assert page.errors == []
+
+
+@pytest.mark.parametrize("width", [500, 700])
+def test_what_the_mouse_is_over_stays_there(open_html, width):
+    """The query follows the mouse, and words about it that were longer would push what it is over away."""
+    page = open_html(microscope())
+    page.set_viewport_size({"width": width, "height": 1600})
+    places = lambda: page.evaluate(  # noqa: E731
+        "[...document.querySelectorAll('.entropy-tokens span')].map((mark) => mark.getBoundingClientRect().y)"
+    )
+    page.locator(".entropy-tokens span").first.hover()
+    before = places()
+    for index in range(len(before)):
+        page.locator(".entropy-tokens span").nth(index).hover()
+        page.locator("output", has_text=re.compile(f"^{index} ")).wait_for()
+        assert places() == before
+    heights = set()
+    for index in range(len(before)):
+        page.locator(".entropy-tokens span").nth(index).hover()
+        page.locator("output", has_text=re.compile(f"^{index} ")).wait_for()
+        page.wait_for_timeout(30)
+        heights.add(page.locator(".entropy-matrix").bounding_box()["y"])
+    assert len(heights) == 1
+
+
 @pytest.fixture(scope="module")
 def film():
     return collapse_film(load_runs(CLONE / "data" / "runs" / "collapse"), last_step=306)
@@ -507,11 +642,12 @@ def test_the_film_shows_the_record_s_numbers(open_html, film):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "runs", "cost"])
+@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "runs", "cost", "inspector"])
 def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
     film.step = 200
     explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer, "runs": run_explorer}
-    page = open_html((explorers | {"temperature": temperature_explorer, "cost": cost_explorer})[name]())
+    explorers |= {"temperature": temperature_explorer, "cost": cost_explorer, "inspector": microscope}
+    page = open_html(explorers[name]())
     if scheme == "dark":
         page.evaluate("document.body.style = 'background: #111111; color: #EEEEEE'")
     for width in WIDTHS:
@@ -532,6 +668,9 @@ def test_a_frame_follows_the_hand(open_html, film):
         "temperature": (temperature_explorer(), "t"),
         "runs": (runs, "step"),
         "cost": (cost_explorer(), "layers"),
+        "inspector, token": (microscope(), "position"),
+        "inspector, head": (microscope(), "head"),
+        "inspector, t": (microscope(), "temperature"),
     }
     for name, (explorer, control) in explorers.items():
         page = open_html(explorer)

@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from entropy_lib.clone import CLONE as ROOT
-from entropy_lib.explore import penalty_explorer, run_explorer
+from entropy_lib.explore import microscope, penalty_explorer, run_explorer
 
-PAGES = ["index", *sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))]
-MODULES = {"index": 1, "00_start_here": 2, "06_entropy_guided_attention": 1, "09_explorers": 4, "11_private_gpt2": 1}
+PAGES = ["index", *sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")), "microscope"]
+MODULES = {"index": 1, "00_start_here": 2, "06_entropy_guided_attention": 1, "09_explorers": 5, "11_private_gpt2": 1}
+MODULES |= {"microscope": 1}
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +81,17 @@ def test_the_explorers_of_the_site_say_what_the_library_does(opened):
     runs.step = int(shown.locator("output").inner_text())
     assert runs.step > 3000
     shown.locator(".entropy-status", has_text=runs.words()).wait_for()
+
+
+def test_the_microscope_says_what_the_library_does(opened, site):
+    page, explorer = opened("microscope"), microscope()
+    page.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    assert page.locator(".entropy-cell").count() == 270
+    page.locator(".entropy-layer").focus()
+    page.keyboard.press("End")
+    page.locator(".entropy-tokens span").nth(3).hover()
+    explorer.layer, explorer.position = 29, 3
+    page.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    assert page.errors == []
+    assert (site / "microscope.html").stat().st_size < 2.5e6
+    assert 'href="microscope.html"' in (site / "index.html").read_text()

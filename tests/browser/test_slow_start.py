@@ -29,7 +29,7 @@ def test_changes_arrive_at_a_module_that_anywidget_gave_up(page, no_time_to_star
     assert GIVEN_UP in str(event.value)
     explorer = attention_inspector()
     root = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-position)")
-    for change in ("head = 3", "text = 'a = [b, c]'", "temperature = 2.0"):
-        page.evaluate("code => lab.kernel().requestExecute({ code }).done", f"inspector.{change}")
-        exec(f"explorer.{change}")
+    for name, value in {"head": 3, "text": "a = [b, c]", "temperature": 2.0}.items():
+        page.evaluate("code => lab.kernel().requestExecute({ code }).done", f"inspector.{name} = {value!r}")
+        setattr(explorer, name, value)
         root.locator(".entropy-status", has_text=explorer.words()).wait_for()
