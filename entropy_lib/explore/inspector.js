@@ -123,7 +123,8 @@ function render({ model, el }) {
     strip.replaceChildren();
     marks = tokens.map((token, query) => {
       const bar = make("i"), mark = make("span", {}, shown(token), bar);
-      for (const event of ["pointerover", "click"]) mark.addEventListener(event, () => ask({ position: query }));
+      // Not "pointerover": a page that scrolls moves the text under a mouse that rests.
+      for (const event of ["pointermove", "click"]) mark.addEventListener(event, () => ask({ position: query }));
       strip.append(mark, ...(token.includes("\n") ? [make("br")] : []));
       return { mark, bar };
     });

@@ -18,7 +18,7 @@ from entropy_lib.explore import smollm2
 from entropy_lib.explore.controls import keys_worth
 from entropy_lib.explore.figures import entropy_heatmap
 from entropy_lib.explore.module import ModuleExplorer, module_source
-from entropy_lib.explore.reading import COARSE, EXACT, next_tokens, packed, read_attention, unpacked
+from entropy_lib.explore.reading import COARSE, EXACT, Reading, next_tokens, packed, read_attention, unpacked
 from entropy_lib.explore.tiny_model import TINY, load_tiny_model
 
 TEXTS = {
@@ -108,6 +108,7 @@ class AttentionInspector(ModuleExplorer):
 
     def __init__(self, models: dict[str, Load | None], text: str | None, max_tokens: int):
         self._models, self._max_tokens, self._read, self._unpacked = models, max_tokens, None, (None, None)
+        self._size = 1  # of the reading that was shown last, in tokens
         name = next(iter(models))
         text = next(iter(self._prepared(name).values())) if text is None else text
         own_id = uuid.uuid4().hex  # for the module to find its widget by
@@ -145,19 +146,18 @@ class AttentionInspector(ModuleExplorer):
         with self.hold_sync():
             self.texts, self.trouble = [list(pair) for pair in prepared.items()], ""
             self.read_only = "a text of your own needs the model: notebook 03 downloads it" if recorded else ""
-            if self._key(self.text) in self.readings:
-                return
-            try:
-                read = None if recorded else read_attention(*self._models[self.model](), self.text, self._max_tokens)
-                shown = packed(read, EXACT) if read else self._for_page(self.text)
-            except ValueError as error:
-                self.trouble = str(error)
-                return
-            ended = not self.shown or self.position == len(self.shown["tokens"]) - 1  # stays there while one types
-            self._read, self.readings = read, {self._key(self.text): shown}
+            if self._key(self.text) not in self.readings:
+                try:
+                    read = None if recorded else self._read_with_model(self.text)
+                    shown = self._for_page(self.text) if recorded else packed(read, EXACT)
+                except ValueError as error:
+                    self.trouble = str(error)
+                    return
+                self._read, self.readings, self.predictions = read, {self._key(self.text): shown}, {}
+            ended = self.position == self._size - 1  # where it stays while one types
+            self._size = len(self.shown["tokens"])
             self.layer, self.head = self.layer, self.head  # within the new model
-            self.position = len(shown["tokens"]) - 1 if ended else self.position
-            self.predictions = {}
+            self.position = self._size - 1 if ended else self.position
             self._predict()
 
     def _prepared(self, model: str) -> dict[str, str]:
@@ -166,9 +166,12 @@ class AttentionInspector(ModuleExplorer):
             return TEXTS
         return {name: entry["text"] for name, entry in smollm2.recorded_readings().items()}
 
+    def _read_with_model(self, text: str) -> Reading:
+        return read_attention(*self._models[self.model](), text, self._max_tokens)
+
     def _for_page(self, text: str) -> dict:
         if self._models[self.model] is not None:
-            return packed(read_attention(*self._models[self.model](), text, self._max_tokens), COARSE)
+            return packed(self._read_with_model(text), COARSE)
         for entry in smollm2.recorded_readings().values():
             if entry["text"] == text:
                 return entry["reading"]

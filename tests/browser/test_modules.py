@@ -485,7 +485,7 @@ def test_the_inspector_module_computes_what_the_library_does(open_html):
             rows = (attention[layer, head].log() / t).softmax(-1)
             seen = [row[row > 0].tolist() for row in rows]
             assert [len(row) for row in found["rows"]] == [len(row) for row in seen]
-            np.testing.assert_allclose(sum(found["rows"], []), sum(seen, []), rtol=1e-6)
+            np.testing.assert_allclose(np.concatenate(found["rows"]), np.concatenate(seen), rtol=1e-6)
             for name, ours in (("entropies", attention_entropy(rows)), ("habits", habit(rows))):
                 np.testing.assert_allclose(found[name], ours, rtol=1e-6, atol=1e-9)
             assert found["mean"] == pytest.approx(attention_entropy(rows).mean().item(), rel=1e-6)
@@ -517,7 +517,7 @@ def test_the_inspector_moves_without_a_kernel(open_html, make):
     assert page.locator("textarea").get_attribute("readonly") is not None
     page.get_by_text("a text of your own needs a running kernel").wait_for()
     parks = page.locator("circle.entropy-parked").evaluate_all(
-        "all => all.slice(1).map((dot) => dot.getAttribute('visibility') === 'visible')"
+        "all => all.slice(0, -1).map((dot) => dot.getAttribute('visibility') === 'visible')"
     )
     assert parks == explorer.parks.flatten().tolist()
     page.get_by_text(f"{sum(parks)} of {len(parks)} heads park: over 0.5").wait_for()
@@ -539,16 +539,16 @@ def test_the_inspector_moves_without_a_kernel(open_html, make):
     page.locator(".entropy-try").select_option(label=names[0])
     at(text=dict(explorer.texts)[names[0]])  # who was at the end stays there
     assert explorer.position == len(explorer.shown["tokens"]) - 1
-    cell = page.locator(".entropy-cell").nth((layers - 1) * heads + 1).bounding_box()
-    page.mouse.click(cell["x"] + 2, cell["y"] + 2)
+    page.locator(".entropy-cell").nth((layers - 1) * heads + 1).click(position={"x": 2, "y": 2})
     at(layer=layers - 1, head=1)
     page.locator(".entropy-temperature").focus()
     for key, t in (("End", 4.0), ("Home", 0.25)):
         page.keyboard.press(key)
         at(temperature=t)
-    matrix = page.locator(".entropy-matrix").bounding_box()
-    size = len(explorer.shown["tokens"])
-    page.mouse.move(matrix["x"] + 3, matrix["y"] + 7.5 / size * matrix["height"])
+    matrix = page.locator(".entropy-matrix")
+    matrix.scroll_into_view_if_needed()
+    height = matrix.bounding_box()["height"]
+    matrix.hover(position={"x": 3, "y": 7.5 / len(explorer.shown["tokens"]) * height})
     at(position=7)
     page.get_by_text("Next tokens: what comes next needs a running kernel.").wait_for()
     assert page.errors == []
