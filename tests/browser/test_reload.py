@@ -4,7 +4,10 @@ import pytest
 from conftest import prepare
 from window import MARKS, Window
 
+from entropy_lib.explore import attention_inspector
+
 MOVES = {"playground": None}
+TEXT = "a = [b, c]"  # that only the kernel has read
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +27,7 @@ def loaded_anew(page):
             window.root.locator(".entropy-status", has_text="Finished").wait_for()
             window.settle()
         moved[name] = window.traces()
+    page.evaluate("code => lab.kernel().requestExecute({ code }).done", f"inspector.text = {TEXT!r}")
     page.evaluate("lab.app.commands.execute('docmanager:save')")
     load_anew(page)
     return first, moved
@@ -58,3 +62,11 @@ def test_a_page_loaded_anew_shows_what_the_controls_say(page, name, loaded_anew)
     assert window.traces() == moved
     assert moved != first
     assert not window.figure.locator('path[d*="NaN"]').count()
+
+
+def test_the_inspector_loaded_anew_shows_what_the_kernel_has_read(page, loaded_anew):
+    explorer = attention_inspector()
+    explorer.text = TEXT
+    root = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-position)")
+    root.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    assert root.locator("textarea").input_value() == TEXT
