@@ -97,7 +97,7 @@ def test_one_key_is_worth_zero_nats_without_a_sign():
     assert controls.keys_worth(-0.0) == controls.keys_worth(0.0) == "0 nats, 1 keys’ worth"
 
 
-MOVED = {"training_playground": ("show", None)}
+MOVED = {}
 
 
 def plain(value):
@@ -118,11 +118,7 @@ def test_a_page_that_is_loaded_anew_gets_the_figure_as_it_is(name, monkeypatch):
     explorer = getattr(explore, name)()
     figure, sent = explorer.figure, []
     control, value = MOVED[name]
-    if value is None:  # the playground, of which only a training moves the figure
-        with figure.batch_update():
-            figure.data[0].y, figure.layout.xaxis2.range = np.float32([3, 2]), [0, 7]
-    else:
-        explorer.controls[control].value = value
+    explorer.controls[control].value = value
     monkeypatch.setattr(figure, "_send", lambda message, buffers=None: sent.append((message, buffers)))
     figure._handle_msg({"content": {"data": {"method": "request_state"}}})
     [(message, buffers)] = sent

@@ -2,26 +2,27 @@
 
 import _thread
 import gc
+import json
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models
+from traitlets import TraitError
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from entropy_lib.entropy import diagnose
-from entropy_lib.explore.playground_figure import MAX_RUNS
 from entropy_lib.training.recipe import Recipe
 from entropy_lib.training.train import train_variant
 from entropy_lib.training.trainer import EntropyTrainer
 
-pytest.importorskip("ipywidgets")
+pytest.importorskip("anywidget")
 playground = pytest.importorskip("entropy_lib.explore.playground", exc_type=ImportError)
 
 EREG = "EReg(SM(t)+ScFuFFN)"
@@ -56,6 +57,35 @@ def slow_steps(monkeypatch):
     )
 
 
+def press(explorer, button, **settings):
+    """As the page says it."""
+    explorer._handle_custom_msg({"press": button, "settings": settings}, [])
+
+
+@pytest.fixture
+def sent(explorer, monkeypatch):
+    """Messages to the page."""
+    messages = []
+    monkeypatch.setattr(explorer, "send", messages.append)
+    return messages
+
+
+def put_together(messages) -> dict:
+    """Runs by number from what the page was told, which is every row once."""
+    runs = {}
+    for message in messages:
+        run = dict(message.get("run") or {})
+        if run:
+            rows = [run.pop(name) for name in ("steps", "loss", "entropy")]
+            kept = runs.setdefault(str(run["number"]), {"steps": [], "loss": [], "entropy": []})
+            assert run.pop("first") == len(kept["steps"])
+            for name, values in zip(("steps", "loss", "entropy"), rows, strict=True):
+                kept[name] += values
+            kept.update(run)
+        runs = {number: run for number, run in runs.items() if int(number) in message["numbers"]}
+    return runs
+
+
 def until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
@@ -63,12 +93,11 @@ def until(condition, seconds=30):
         time.sleep(0.01)
 
 
-def test_a_run_draws_what_train_variant_records(explorer, corpus, tmp_path):
-    controls = explorer.controls
+def test_a_run_draws_what_train_variant_records(explorer, corpus, tmp_path, sent):
     settings = {"learning_rate": 3e-3, "margin": 0.1, "coefficient": 0.5, "threshold": 0.7, "temperature": 0.5}
     for name, value in settings.items():
-        controls[name].value = value
-    controls["steps"].value = 7
+        setattr(explorer, name, value)
+    explorer.steps = 7
     explorer.run()
     assert explorer.wait(60) == "finished"
     run = explorer.shown
@@ -76,124 +105,172 @@ def test_a_run_draws_what_train_variant_records(explorer, corpus, tmp_path):
     names = ["learning_rate", "tolerance_margin_factor", "loss_coeff", "threshold_init", "temperature_init"]
     assert [used[name] for name in names] == pytest.approx(list(settings.values()))
     record = train_variant(EREG, corpus, run.recipe, run_dir=tmp_path, progress=False)
-    assert list(explorer.figure.data[0].x) == record.history.step.tolist() == [1, 2, 4, 6, 7]
-    assert list(explorer.figure.data[0].y) == pytest.approx(record.history.loss.tolist(), rel=1e-5)
+    drawn = explorer.drawn["runs"]["1"]
+    assert drawn["steps"] == record.history.step.tolist() == [1, 2, 4, 6, 7]
+    assert drawn["loss"] == pytest.approx(record.history.loss.tolist(), rel=1e-5)
     entropy = np.array(record.history.entropy.tolist())
-    layers = [line.y for line in explorer.figure.data[playground.MAX_RUNS + 1 : -1]]
-    np.testing.assert_allclose(np.array(layers).T, entropy.mean(-1), rtol=1e-5)
-    np.testing.assert_allclose(explorer.figure.data[-1].z, entropy[-1], rtol=1e-5)
+    found = [playground.entropies_of(drawn, row) for row in range(5)]
+    np.testing.assert_allclose(found, entropy, rtol=1e-5)
+    np.testing.assert_allclose(explorer.heads(), entropy[-1], rtol=1e-5)
     healthy = int(diagnose(entropy[-1], 16)["healthy"].sum())
-    assert f"{healthy} healthy" in explorer.status.value
-    assert "Finished" in explorer.status.value
-    assert (explorer.progress.value, explorer.progress.max, explorer.progress.bar_style) == (7, 7, "success")
+    assert f"{healthy} healthy" in explorer.words()
+    assert "Finished" in explorer.words()
+    assert (drawn["step"], drawn["planned"], drawn["state"]) == (7, 7, "finished")
+    assert put_together(sent) == explorer.drawn["runs"]
+    assert sent[-1]["axis"] == explorer.drawn["axis"]
+
+
+def test_the_map_of_any_step(explorer):
+    explorer.run()
+    explorer.wait(60)
+    rows = explorer.shown.rows
+    for step, row in ((1, 0), (3, 1), (4, 2), (0, 0), (99, -1), (None, -1)):
+        explorer.step = step
+        np.testing.assert_allclose(explorer.heads(), rows[row]["entropy"], rtol=1e-6)
+        assert f"loss {rows[row]['loss']:.3g} nats a token" in explorer.words()
+        assert ("at step" in explorer.words()) == (row >= 0)
+    explorer.run()
+    assert explorer.step is None  # a new run is followed
+    with pytest.raises(TraitError, match="one of"):
+        explorer.show = 3
 
 
 def test_stop_and_resume_give_the_losses_of_one_run(explorer, slow_steps):
     before = time.monotonic()
     explorer.run()
     assert time.monotonic() - before < 1  # at once: the training has a thread of its own
-    assert {name for name, button in explorer.buttons.items() if button.disabled} == {"run", "resume"}
+    assert explorer.off() == {"run", "resume"}
     until(lambda: explorer.shown.step >= 4)
-    explorer.buttons["stop"].click()
+    press(explorer, "stop")
     assert explorer.wait(30) == "stopped"
     stopped = explorer.shown.step
     assert 4 <= stopped < 12
-    assert "Resume" in explorer.status.value
-    assert not explorer.buttons["resume"].disabled
-    explorer.buttons["resume"].click()
+    assert "Resume" in explorer.words()
+    assert explorer.off() == {"stop"}
+    press(explorer, "resume")
     assert explorer.wait(30) == "finished"
     assert explorer.shown.step == 12
     explorer.run()  # the same settings, uninterrupted
     assert explorer.wait(30) == "finished"
-    resumed, whole = explorer.figure.data[:2]
-    assert whole.line.dash != resumed.line.dash
-    found = dict(zip(resumed.x, resumed.y, strict=True))
-    expected = dict(zip(whole.x, whole.y, strict=True))
+    resumed, whole = explorer.drawn["runs"].values()
+    assert whole["dash"] != resumed["dash"]
+    found = dict(zip(resumed["steps"], resumed["loss"], strict=True))
+    expected = dict(zip(whole["steps"], whole["loss"], strict=True))
     assert expected.keys() <= found.keys()
     assert [found[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
 
 
-def test_the_picture_follows_the_training(explorer, slow_steps):
-    seen = set()
-    explorer.figure.data[0].on_change(lambda trace, y: seen.add(len(y)), "y")
+def test_the_picture_follows_the_training(explorer, slow_steps, sent):
     explorer.run()
     explorer.wait(60)
-    assert len(seen) >= 2
+    told = [message["run"]["first"] + len(message["run"]["steps"]) for message in sent]
+    assert len(set(told) - {0}) >= 2
+    assert max(len(json.dumps(message)) for message in sent) < 2500
+    explorer._handle_custom_msg({"missed": True}, [])  # a page that came late, and has the trait sent whole
+    assert explorer.get_state("drawn") == {"drawn": explorer.drawn}
+
+
+def test_a_press_brings_the_settings_of_the_page(explorer):
+    press(explorer, "run", steps=2, variant="SM", learning_rate=0.01)
+    assert explorer.wait(60) == "finished"
+    assert explorer.shown.recipe.steps == explorer.steps == 2
+    assert explorer.shown.name == "1 · SM, lr 0.01"
+    press(explorer, "run", temperature=0.0)
+    assert "temperature_init must be above 0" in explorer.trouble
+    assert len(explorer.runs) == 1
+    press(explorer, "run", temperature=1.0)
+    assert explorer.trouble == ""
+    assert len(explorer.runs) == 2
 
 
 def test_a_collapse_is_a_result(explorer):
-    explorer.controls["variant"].value = "SM"
-    explorer.controls["learning_rate"].value = 1.0
-    explorer.controls["steps"].value = 40
+    explorer.variant, explorer.learning_rate, explorer.steps = "SM", 1.0, 40
     explorer.run()
     assert explorer.wait(60) == "collapsed"
     run = explorer.shown
-    assert "Collapsed: 3 steps in a row" in explorer.status.value
+    assert "Collapsed: 3 steps in a row" in explorer.words()
+    assert "(the library’s own rule is 20)" in explorer.words()
     assert run.step < 40
-    crosses = explorer.figure.data[playground.MAX_RUNS]
-    assert explorer.figure.layout.yaxis.type == "log"
-    top = 10 ** explorer.figure.layout.yaxis.range[1]
-    assert tuple(crosses.x) == (run.step,)
-    assert crosses.y[0] <= top < 20_000  # a loss of 1e9 does not flatten the others
+    axis, drawn = explorer.drawn["axis"], explorer.drawn["runs"]["1"]
+    assert axis["log"]
+    assert (drawn["step"], drawn["state"]) == (run.step, "collapsed")
+    assert axis["limit"] <= axis["high"] < 20_000  # a loss of 1e9 does not flatten the others
 
 
-@pytest.mark.parametrize(("peak", "axis"), [(6.5, "linear"), (400.0, "log")])
-def test_a_run_that_explodes_is_seen_beside_one_that_learns(explorer, peak, axis):
-    explorer.clear()
-    losses = {"SM": [6.0, peak, float("nan")], "SM+LN+G": [6.0, 5.0, 4.0]}
-    for number, (variant, values) in enumerate(losses.items(), 1):
-        rows = [{"step": step, "loss": loss} for step, loss in enumerate(values)]
-        state = "finished" if variant == "SM+LN+G" else "collapsed"
-        run = SimpleNamespace(variant=variant, name=variant, number=number, rows=rows, state=state, step=2)
-        run.recipe = SimpleNamespace(steps=3)
-        explorer.runs.append(run)
-    explorer._draw_losses()
-    explorer.runs.clear()
-    figure = explorer.figure
-    assert figure.layout.yaxis.type == axis
-    low, high = (10**edge if axis == "log" else edge for edge in figure.layout.yaxis.range)
-    (cross,) = figure.data[MAX_RUNS].y
-    assert low < 4.0
-    assert 6.0 < cross <= peak < high * 1.1
-    assert cross < high
-    explorer.clear()
-    assert figure.layout.yaxis.type == "linear"
+def test_a_collapse_by_the_library_s_rule_says_no_other(explorer):
+    explorer.recipe = replace(RECIPE, max_skipped_in_a_row=20)
+    explorer.variant, explorer.learning_rate, explorer.steps = "SM", 1.0, 60
+    explorer.run()
+    assert explorer.wait(60) == "collapsed"
+    assert "Collapsed: 20 steps in a row without a finite gradient. step" in explorer.words()
+
+
+@pytest.mark.parametrize(("peak", "log"), [(6.5, False), (400.0, True)])
+def test_a_run_that_explodes_is_seen_beside_one_that_learns(peak, log):
+    losses = [[6.0, peak, None], [6.0, 5.0, 4.0]]
+    axis = playground.loss_axis([{"loss": values, "unigram": None} for values in losses])
+    assert axis["log"] == log
+    cross = min(peak, axis["limit"])  # at the last finite loss
+    assert axis["low"] < 4.0
+    assert 6.0 < cross <= peak < axis["high"] * 1.1
+    assert cross < axis["high"]
+    assert not playground.loss_axis([])["log"]
 
 
 def test_an_error_in_the_thread_is_shown_in_place(explorer, corpus):
     explorer._corpus_given = "no such corpus"
     explorer.run()
     assert explorer.wait(30) == "failed"
-    assert "ValueError: " in explorer.status.value
-    assert "no such corpus" in explorer.status.value
+    assert "ValueError: " in explorer.words()
+    assert "no such corpus" in explorer.words()
     explorer._corpus_given = corpus
-    explorer.buttons["run"].click()
+    press(explorer, "run")
     assert explorer.wait(60) == "finished"
-    assert "no such corpus" not in explorer.status.value
+    assert "no such corpus" not in explorer.words()
 
 
-def test_runs_are_overlaid_and_cleared(explorer):
-    explorer.controls["steps"].value = 1
+def test_runs_are_overlaid_and_cleared(explorer, sent):
+    explorer.steps = 1
     for _ in range(playground.MAX_RUNS + 1):
         explorer.run()
         explorer.wait(30)
-    names = [line.name for line in explorer.figure.data[: playground.MAX_RUNS]]
-    assert [name.split(" · ")[0] for name in names] == ["2", "3", "4", "5", "6", "7"]
-    assert len({line.line.dash for line in explorer.figure.data[: playground.MAX_RUNS]}) == playground.MAX_RUNS
-    explorer.controls["show"].value = explorer.runs[0]
-    assert "2 · " in explorer.figure.layout.annotations[1].text
-    explorer.buttons["clear"].click()
-    assert not any(line.x for line in explorer.figure.data[: playground.MAX_RUNS])
+    drawn = explorer.drawn["runs"]
+    assert list(drawn) == ["2", "3", "4", "5", "6", "7"]
+    assert [run["name"].split(" · ")[0] for run in drawn.values()] == list(drawn)
+    assert len({run["dash"] for run in drawn.values()}) == playground.MAX_RUNS
+    assert put_together(sent) == drawn
+    explorer.show = explorer.runs[0].number
+    assert explorer.shown.name.startswith("2 · ")
+    press(explorer, "clear")
+    assert explorer.drawn["runs"] == put_together(sent) == {}
     assert explorer.shown is None
-    assert explorer.buttons["clear"].disabled
+    assert "clear" in explorer.off()
 
 
 def test_controls_that_a_variant_lacks_are_off(explorer):
-    explorer.controls["variant"].value = "SM(t)+ScFuFFN"
-    names = ("temperature", "threshold", "margin", "coefficient")
-    assert [explorer.controls[name].disabled for name in names] == [False, True, True, True]
-    explorer.controls["variant"].value = "SM"
-    assert all(explorer.controls[name].disabled for name in names)
+    explorer.variant = "SM(t)+ScFuFFN"
+    settings = {"temperature", "threshold", "margin", "coefficient"}
+    assert explorer.off() & settings == settings - {"temperature"}
+    explorer.variant = "SM"
+    assert explorer.off() & settings == settings
+
+
+def test_without_a_kernel_the_page_has_what_was_made_or_two_prepared_runs(explorer, slow_steps):
+    state = explorer.state()
+    prepared = {run["variant"]: run["state"] for run in state["drawn"]["runs"].values()}
+    assert prepared == {"SM": "collapsed", "SM+LN+G": "finished"}
+    assert len(explorer.html()) < 60_000
+    assert "Collapsed: 5 steps in a row" in playground.words_of(state)
+    assert [line.name for line in explorer.still().data if line.name] == ["1 · SM", "2 · SM+LN+G"]
+    explorer.run()
+    until(lambda: len(explorer.drawn["runs"]["1"]["steps"]) >= 2)
+    state = explorer.state()
+    assert state["drawn"]["runs"]["1"]["name"] == explorer.shown.name
+    assert playground.words_of(state).startswith("Stopped. step")
+    assert explorer.wait(60) == "finished"
+    assert explorer.state()["drawn"] == explorer.drawn
+    [line] = explorer.still().data
+    assert list(line.y) == pytest.approx(explorer.drawn["runs"]["1"]["loss"], rel=1e-5)
 
 
 def test_no_thread_and_no_folder_outlives_the_widget(corpus, slow_steps):
@@ -228,7 +305,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_progress_bars(explorer, 
     until(lambda: explorer.shown.step >= 1)
     explorer.stop()
     assert explorer.wait(30) == "failed"
-    assert "the disk is full" in explorer.status.value
+    assert "the disk is full" in explorer.words()
     assert logging.is_progress_bar_enabled()
 
 
@@ -239,7 +316,7 @@ def test_an_interrupt_of_the_kernel_leaves_the_training_alone(explorer, slow_ste
     with pytest.raises(KeyboardInterrupt):
         time.sleep(5)
     assert explorer.wait(30) == "finished"
-    assert "Finished" in explorer.status.value
+    assert "Finished" in explorer.words()
 
 
 def test_a_second_run_has_to_wait(explorer, slow_steps):
