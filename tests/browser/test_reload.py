@@ -6,7 +6,7 @@ from window import MARKS, Window
 
 from entropy_lib.explore import attention_inspector
 
-MOVES = {"playground": None}
+MOVES = {}
 TEXT = "a = [b, c]"  # that only the kernel has read
 
 
@@ -17,15 +17,8 @@ def loaded_anew(page):
     for name, control in MOVES.items():
         window = Window(page, name)
         first[name] = window.traces()
-        if control:
-            window.press(control, "Home")
-            window.press(control, "ArrowRight")
-        else:
-            window.press("steps", "Home")
-            window.root.locator("button.entropy-run").click()
-            window.settle()  # the words of the run before are gone: it is not that one which has finished
-            window.root.locator(".entropy-status", has_text="Finished").wait_for()
-            window.settle()
+        window.press(control, "Home")
+        window.press(control, "ArrowRight")
         moved[name] = window.traces()
     page.evaluate("code => lab.kernel().requestExecute({ code }).done", f"inspector.text = {TEXT!r}")
     page.evaluate("lab.app.commands.execute('docmanager:save')")

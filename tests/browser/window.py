@@ -14,7 +14,7 @@ from entropy_lib import attention_entropy, entropy_bands
 from entropy_lib.explore.recorded_runs import learned_means
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "browser"
-MARKS = {"playground": "learning_rate"}  # a control that only this explorer has
+MARKS = {}
 
 
 class Window:
