@@ -17,7 +17,7 @@ from transformers.utils import logging
 from entropy_lib.training.recipe import Recipe
 from entropy_lib.training.train import Corpus, train_variant
 
-SECONDS_BETWEEN_LOOKS = 0.3  # a redraw takes tens of milliseconds from the training
+SECONDS_BETWEEN_LOOKS = 0.1  # oftener than a reader can follow, and telling takes the training a millisecond
 
 
 class LiveRun:

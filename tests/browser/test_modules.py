@@ -5,14 +5,16 @@ import io
 import json
 import math
 import re
+from dataclasses import replace
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import BertConfig, BertModel
-from window import OUTPUT, inspector_as_computed, runs_as_recorded
+from window import OUTPUT, inspector_as_computed, places, runs_as_recorded
 
 from entropy_lib import attention_entropy
 from entropy_lib.clone import CLONE
@@ -24,9 +26,11 @@ from entropy_lib.explore import (
     penalty_explorer,
     run_explorer,
     temperature_explorer,
+    training_playground,
     tug_of_war,
 )
 from entropy_lib.explore.inspector import habit, on_the_first
+from entropy_lib.explore.playground import entropies_of, words_of
 from entropy_lib.explore.pricing import CHOICES
 from entropy_lib.explore.reading import packed, read_attention, unpacked
 from entropy_lib.explore.recorded_runs import learned_means, recorded
@@ -641,12 +645,214 @@ def test_the_film_shows_the_record_s_numbers(open_html, film):
     assert page.errors == []
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """(playground, messages to its page): six runs that stand in every way, of random numbers, over 100 rows each."""
+    explorer, messages, generator = training_playground(), [], np.random.default_rng(0)
+    explorer.send = lambda message: messages.append(json.loads(json.dumps(message)))
+    explorer._unigram = 6.2
+    states = ["finished", "collapsed", "failed", "stopped", "collapsed", "running"]
+    variants = ["SM+LN+G", "SM", "EReg(SM(t)+ScFuFFN)", "SM", "SM+LN", "SM(t)+ScFuFFN"]
+    for number, (state, variant) in enumerate(zip(states, variants, strict=True), 1):
+        recipe = replace(explorer.recipe, steps=500, max_skipped_in_a_row=20 if number == 5 else 5)
+        ended = SimpleNamespace(minutes=0.123, eval_loss=5.4321) if state in ("finished", "collapsed") else None
+        run = SimpleNamespace(number=number, name=f"{number} · {variant}", variant=variant, recipe=recipe, rows=[])
+        run.state, run.step, run.record, run.error = "running", 0, None, None
+        explorer.runs.append(run)
+        explorer._tell(run)
+        for step in [1, *range(4, 40 * number + 260, 4)]:
+            loss = math.nan if state == "collapsed" and step > 60 else 8 * step**-0.1 + generator.normal() / 20
+            loss = 10.0**step if number == 2 and 20 < step <= 40 else loss  # one explodes
+            entropy = math.log(128) * generator.random((4, 4), dtype=np.float32) ** 2
+            run.rows.append({"step": step, "loss": loss, "entropy": entropy.tolist()})
+            run.step = step
+            if step % 8 == 0:
+                explorer._tell(run)
+        run.state, run.record = state, ended
+        run.error = ValueError("no <b>corpus</b>") if state == "failed" else None
+        explorer._tell(run)
+    explorer.show = 6
+    return explorer, messages
+
+
+def test_the_playground_module_computes_what_python_does(open_html, trained):
+    explorer, messages = trained
+    page = open_html(tug_of_war())
+    cases = [(show, step, kernel) for show in range(7) for step in (None, 0, 1, 59, 60, 10_000) for kernel in (0, 1)]
+    found = page.evaluate(
+        """async ([source, messages, cases]) => {
+            const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+            const drawn = { runs: {}, axis: {} };
+            const whole = messages.every((message) => module.told(drawn, message));
+            const again = module.told(drawn, messages.at(-1)) && JSON.parse(JSON.stringify(drawn));
+            const late = module.told({ runs: {}, axis: {} }, messages.at(-1));
+            const said = cases.map(([show, step, kernel]) =>
+                module.sentence(drawn.runs[show], step, Boolean(kernel)).map(([words]) => words).join(""));
+            const means = Object.values(drawn.runs).map((run) => module.rowsOf(run).means);
+            const maps = Object.values(drawn.runs).map((run) => module.rowsOf(run).maps.map((map) => [...map]));
+            return { whole, again, late, said, means, maps };
+        }""",
+        [str(explorer._esm), messages, cases],
+    )
+    assert (found["whole"], found["late"]) == (True, False)
+    assert found["again"] == explorer.drawn  # and to be told the same rows twice changes nothing
+    for (show, step, kernel), words in zip(cases, found["said"], strict=True):
+        assert words == words_of({"drawn": explorer.drawn, "show": show, "step": step, "kernel": kernel})
+    for run, means, maps in zip(explorer.runs, found["means"], found["maps"], strict=True):
+        entropy = np.array([row["entropy"] for row in run.rows])
+        np.testing.assert_allclose(means, entropy.mean(-1), rtol=1e-6)
+        np.testing.assert_array_equal(np.reshape(maps, entropy.shape), entropy.astype(np.float32))
+
+
+def test_the_playground_draws_what_it_is_told(open_html, trained):
+    """Message by message over a kernel that is not there, then as the page of a kernel's end; both draw the same."""
+    explorer, messages = trained
+    page = open_html(tug_of_war())
+    start = training_playground()
+    times = page.evaluate(
+        """async ([source, state, messages]) => {
+            const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+            const listeners = {}, sent = [], el = document.body.appendChild(document.createElement("div"));
+            const tell = (event, value) => { for (const listen of listeners[event] ?? []) listen(value); };
+            const model = {
+                get: (name) => state[name], set: (name, value) => ((state[name] = value), tell(`change:${name}`)),
+                on: (event, listen) => (listeners[event] ??= []).push(listen), save_changes() {},
+                send: (message) => sent.push(message),
+            };
+            el.className = "told";
+            module.default.initialize({ model });
+            module.default.render({ model, el });
+            const frame = () => new Promise((painted) => requestAnimationFrame(() => setTimeout(painted)));
+            const times = [];
+            for (const message of messages) {
+                await frame();
+                const start = performance.now();
+                tell("msg:custom", message);
+                if (message.numbers.at(-1) > state.show) model.set("show", message.numbers.at(-1));
+                await frame();
+                times.push(performance.now() - start);
+            }
+            tell("msg:custom", { ...messages.at(-1), run: { ...messages.at(-1).run, first: 9999 } });
+            if (JSON.stringify(sent) !== '[{"missed":true}]') throw Error(JSON.stringify(sent));
+            return times;
+        }""",
+        [str(explorer._esm), super(type(start), start).state(), messages],
+    )
+    (OUTPUT / "latency_playground_redraw.json").write_text(json.dumps(times))
+    assert median(times) < FRAME
+    assert median(times[-20:]) < FRAME  # of six runs, some of over 100 rows
+    playground_as_told(page.locator(".told"), explorer)
+    assert page.errors == []
+
+
+def playground_as_told(root, explorer):
+    """Whether the marks in the page stand where the runs of the playground say."""
+    drawn = lambda kind, name: root.locator(f"svg .entropy-{kind}").evaluate_all(  # noqa: E731
+        "(all, name) => all.map((mark) => mark.getAttribute(name))", name
+    )
+    state = explorer.state()
+    axis, runs, shown = state["drawn"]["axis"], state["drawn"]["runs"], state["drawn"]["runs"][str(state["show"])]
+    last = max(run["planned"] for run in runs.values())
+
+    def height(loss):
+        low, high, at = axis["low"], axis["high"], np.minimum(loss, axis["limit"])
+        low, high, at = map(np.log, (low, high, at)) if axis["log"] else (low, high, at)
+        return 246 - 220 * (at - low) / (high - low)
+
+    assert len({*zip(drawn("loss", "stroke"), drawn("loss", "stroke-dasharray"), strict=True)}) == len(runs)
+    crosses = drawn("cross", "d")
+    for d, run in zip(drawn("loss", "d"), runs.values(), strict=True):
+        losses = np.array([math.nan if loss is None else loss for loss in run["loss"]])
+        finite = np.isfinite(losses)
+        x, y = places(d)
+        np.testing.assert_allclose(x, 56 + 834 * np.array(run["steps"])[finite] / last, atol=0.06)
+        np.testing.assert_allclose(y, height(losses[finite]), atol=0.06)
+        if run["state"] == "collapsed":
+            x, y = (float(number) for number in re.match(r"M([\d.]+) ([\d.]+)l", crosses.pop(0)).groups())
+            assert (x + 5, y + 5) == pytest.approx(
+                (56 + 834 * run["step"] / last, height(losses[finite][-1])), abs=0.06
+            )
+    assert crosses == []
+    assert [float(y) for y in drawn("unigram", "y1")] == pytest.approx([height(shown["unigram"])], abs=0.06)
+    entropy, ceiling = np.stack([entropies_of(shown, row) for row in range(len(shown["steps"]))]), math.log(128)
+    for d, layer in zip(drawn("layer", "d"), entropy.mean(-1).T, strict=True):
+        x, y = places(d)
+        np.testing.assert_allclose(x, 56 + 414 * np.array(shown["steps"]) / shown["planned"], atol=0.06)
+        np.testing.assert_allclose(y, 494 - 166 * layer / ceiling, atol=0.06)
+    row = np.searchsorted(shown["steps"], math.inf if state["step"] is None else state["step"], side="right") - 1
+    shades = [explorer.colors.index(fill) for fill in drawn("cell", "fill")]
+    np.testing.assert_allclose(shades, entropy[row].ravel() / ceiling * 63, atol=0.501)
+    numbers = [float(number) for number in root.locator("svg .entropy-mark").all_text_contents()]
+    np.testing.assert_allclose(numbers, entropy[row].ravel(), atol=0.0051)
+    step = shown["steps"][row]
+    assert root.get_by_text(f"Every head at step {step} (nats)").count() == 1
+    at = 56 + 414 * step / shown["planned"]
+    assert [float(d[1:].split()[0]) for d in drawn("cursor", "d")] == pytest.approx([at], abs=0.06)
+    told = root.locator(".entropy-progress").evaluate("bar => [bar.value, bar.max]")
+    assert told == [shown["step"], shown["planned"]]
+    assert root.locator(".entropy-legend").inner_text().split("\n") == [
+        run["name"] + " ✕" * (run["state"] == "collapsed") for run in runs.values()
+    ]
+
+
+def test_the_playground_moves_without_a_kernel(open_html, trained):
+    made, _ = trained
+    for explorer in (training_playground(), made):
+        page = open_html(explorer)
+        state = explorer.state()
+        says = lambda: page.locator(".entropy-status", has_text=words_of(state)).wait_for()  # noqa: E731,B023
+        says()
+        page.get_by_text("Training needs a kernel").wait_for()
+        assert page.locator("button:enabled").count() == 0
+        assert page.locator("input:enabled, select:enabled").evaluate_all("all => all.map((it) => it.className)") == [
+            "entropy-show", "entropy-step",
+        ]  # fmt: skip
+        for number, run in state["drawn"]["runs"].items():
+            page.locator(".entropy-show").select_option(number)
+            state["show"], state["step"] = int(number), None
+            says()
+            page.locator(".entropy-step").focus()
+            for key in ("ArrowLeft", "ArrowLeft", "PageDown", "Home", "ArrowRight"):
+                before = page.locator("output").last.text_content()
+                page.keyboard.press(key)
+                page.locator("output").last.filter(has_not_text=re.compile(f"^{before}$")).wait_for()
+                state["step"] = int(page.locator("output").last.text_content())
+                says()
+            assert state["step"] == run["steps"][1]
+            assert page.locator(".entropy-step").get_attribute("aria-valuetext") == f"step {state['step']}"
+            page.keyboard.press("End")
+            state["step"] = None
+            says()
+            page.locator(".entropy-cell").nth(6).hover()
+            nats = entropies_of(run, -1)[1, 2]
+            page.get_by_text(f"layer 1, head 2: {nats:.3g} nats").wait_for()
+        curve = page.locator("svg .entropy-loss").last  # whose end is beyond those of the others
+        curve.evaluate("path => path.scrollIntoView({ block: 'center' })")
+        end = curve.evaluate(
+            """path => {
+                const end = path.getPointAtLength(path.getTotalLength()).matrixTransform(path.getScreenCTM());
+                return [end.x - 3, end.y + 2];
+            }"""
+        )
+        page.mouse.move(*end)
+        told = f"{run['name']}: step {run['steps'][-1]}, loss {run['loss'][-1]:.3g}"
+        page.locator("svg text", has_text=told).wait_for()
+        assert page.errors == []
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "runs", "cost", "inspector"])
 def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
     film.step = 200
     explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer, "runs": run_explorer}
     explorers |= {"temperature": temperature_explorer, "cost": cost_explorer, "inspector": microscope}
+
+
+@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "runs", "cost", "playground"])
+def test_they_fit_their_cell_on_any_page(open_html, film, trained, name, scheme):
+    film.step = 200
+    explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer, "runs": run_explorer}
+    explorers |= {"temperature": temperature_explorer, "cost": cost_explorer, "playground": lambda: trained[0]}
     page = open_html(explorers[name]())
     if scheme == "dark":
         page.evaluate("document.body.style = 'background: #111111; color: #EEEEEE'")
@@ -658,7 +864,7 @@ def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
     assert ink == ("rgb(238, 238, 238)" if scheme == "dark" else "rgb(0, 0, 0)")
 
 
-def test_a_frame_follows_the_hand(open_html, film):
+def test_a_frame_follows_the_hand(open_html, film, trained):
     latencies, runs = {}, run_explorer()
     runs.step = 1000
     explorers = {
@@ -671,6 +877,7 @@ def test_a_frame_follows_the_hand(open_html, film):
         "inspector, token": (microscope(), "position"),
         "inspector, head": (microscope(), "head"),
         "inspector, t": (microscope(), "temperature"),
+        "playground": (trained[0], "step"),
     }
     for name, (explorer, control) in explorers.items():
         page = open_html(explorer)

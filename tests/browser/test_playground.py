@@ -144,8 +144,9 @@ def test_the_page_answers_while_a_run_goes_on(page, root):
     report = root.evaluate(
         """async (root) => {
             const frames = [], messages = [], redraws = [];
-            const listen = (_, { msg: { header, content }, direction }) => {
-                if (direction === "recv" && header.msg_type === "comm_msg") messages.push(JSON.stringify(content).length);
+            const listen = (_, { msg, direction }) => {
+                const ofWidget = direction === "recv" && msg.header.msg_type === "comm_msg";
+                if (ofWidget) messages.push(JSON.stringify(msg.content).length);
             };
             const watch = new MutationObserver(() => redraws.push(performance.now()));
             lab.kernel().anyMessage.connect(listen);
