@@ -62,6 +62,7 @@ const LAYERS = { x: [56, 470], y: [328, 494] }, MAP = { x: [560, 890], y: [328, 
 const BOLD = { style: "font-weight: 600" }, MIDDLE = { "text-anchor": "middle" }, END = { "text-anchor": "end" };
 
 function initialize({ model }) {
+  letChangesIn(model);
   model.on("msg:custom", (message) => {
     if (!told(model.get("drawn"), message)) model.send({ missed: true });
   });
@@ -150,7 +151,7 @@ function render({ model, el }) {
     const level = them.map((run) => run.unigram).find(Boolean), seen = { visibility: level ? "visible" : "hidden" };
     const y = level ? heightOf(level).toFixed(1) : 0;
     set(unigram, { y1: y, y2: y, ...seen });
-    set(unigramName, { y: Number(y) + 16, ...seen });
+    set(unigramName, { y: y - 8, ...seen });
   };
 
   let size = ""; // of the map whose cells there are

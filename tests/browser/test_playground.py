@@ -1,12 +1,14 @@
 """In JupyterLab the playground trains, its curves grow, Stop and Resume do as they say, a page loaded anew has all."""
 
 import json
+import re
 import time
 from statistics import median
 
 import numpy as np
 import pytest
 from conftest import prepare
+from test_slow_start import no_time_to_start  # noqa: F401
 from window import OUTPUT, places
 
 from entropy_lib.explore.playground import BUTTONS, QUICK, SETTINGS, loss_axis
@@ -242,3 +244,15 @@ def test_a_page_loaded_anew_shows_the_runs_and_hears_of_more(page, root):
     until(lambda: losses(root, 1).shape == first.shape, "the second run")
     np.testing.assert_allclose(losses(root, 1), losses(root, 0), atol=0.2)  # the same settings and seed
     assert root.locator(".entropy-show option").count() == 2
+
+
+def test_a_training_is_seen_where_anywidget_has_given_the_module_up(page, root, no_time_to_start):  # noqa: F811
+    page.evaluate("lab.runCell('playground = training_playground(')")
+    root.locator("label:has(.entropy-learning_rate) output", has_text=re.compile("^0.1$")).wait_for()  # set at once
+    set_steps(root, 8)
+    press(root, "learning_rate", "Home")
+    click(root, "run")
+    says(root, "Finished")
+    assert losses(root).shape[1] == 3  # steps 1, 4 and 8
+    page.evaluate("lab.kernel().requestExecute({ code: 'playground.step = 1' }).done")
+    root.get_by_text("Every head at step 1 (nats)").wait_for()
