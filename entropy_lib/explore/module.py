@@ -9,10 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import uuid
 from importlib.resources import files
-
-from traitlets import Unicode
 
 try:
     import anywidget
@@ -44,12 +41,6 @@ def module_source(name: str) -> str:
 
 class ModuleExplorer(anywidget.AnyWidget):
     """A widget whose synced traits tagged `state` are all that its module sees; see the file's docstring."""
-
-    _own_id = Unicode().tag(sync=True)  # for a module to find its widget by, see letChangesIn in draw.js
-
-    def __init__(self, **values):
-        own_id = uuid.uuid4().hex
-        super().__init__(**{"model_id": own_id, "_own_id": own_id} | values)
 
     def state(self) -> dict:
         """What the module computes from, by trait."""

@@ -61,6 +61,16 @@ const WIDTH = 900, HEIGHT = 548, LOSS = { x: [56, 890], y: [26, 246] };
 const LAYERS = { x: [56, 470], y: [328, 494] }, MAP = { x: [560, 890], y: [328, 494] };
 const BOLD = { style: "font-weight: 600" }, MIDDLE = { "text-anchor": "middle" }, END = { "text-anchor": "end" };
 
+// anywidget drops all that comes from Python for good where a module did not start within two seconds, as on a busy
+// page. What was dropped before is asked for again.
+const letChangesIn = async (model) => {
+  const real = await model.widget_manager?.get_model?.(model.get("_own_id"));
+  if (!real?.comm?.on_msg) return; // no front end of ipywidgets, and no gate of anywidget's
+  const widgetModel = Object.getPrototypeOf(Object.getPrototypeOf(real)); // beneath anywidget's
+  real.comm.on_msg(widgetModel._handle_comm_msg.bind(real));
+  real._handle_comm_msg({ content: { data: {} } }).catch(() => real.comm.send({ method: "request_state" }));
+};
+
 function initialize({ model }) {
   letChangesIn(model);
   model.on("msg:custom", (message) => {
