@@ -17,7 +17,7 @@ _BEYOND = {
     "ReLU attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "relu_attention"},
     "x² attention + ScFuFFN": {"activation": "linear", "fused": True, "attention": "square_attention"},
     "SM+ScFuFFN, 6 heads": {"activation": "linear", "fused": True, "heads": 6},
-    "Llama's": {"layer_norm": True, "norm": "rmsnorm", "activation": "silu", "gated": True},
+    "Llama's": {"layer_norm": True, "norm": "rmsnorm", "activation": "silu", "gated": True, "ffn_width": 2 * 768},
 }
 _STATIC = {"layer_norm": False, "activation": "relu"}  # their LayerNorms are annealed
 _PRIVATE = {  # the kinds of blocks of `PRIVATE_VARIANTS`

@@ -52,7 +52,7 @@ def tiny(name):
             if "norm" in key or "bias" in key:
                 parameter.add_(0.2 * torch.randn_like(parameter))
             elif "layers" in key:
-                parameter.mul_(4)
+                parameter.mul_(3)
             elif "embed" in key and name != "gemma":  # which scales them itself
                 parameter.mul_(20)
     return model.requires_grad_(False)
