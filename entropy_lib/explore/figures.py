@@ -6,7 +6,7 @@ import base64
 import math
 import sys
 import textwrap
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from entropy_lib.explore.static_picture import HEIGHT, WIDTH, png
 
 COLLAPSE, OVERLOAD, HEALTHY, INK, GRID = "#3B6FB6", "#C8553D", "#8A9099", "#2B2F36", "#E6E8EC"
 DARK_INK, DARK_GRID = "#A4AAB3", "rgba(140,146,156,0.25)"
+MID_INK = "#757B85"  # 4.2 to 1 on white and 4.5 to 1 on JupyterLab's dark page
 IN_NATS = {"text": "nats", "side": "top", "font": {"size": 13}}  # title of a colour bar
 
 # Okabe-Ito without its yellow, which vanishes on white; the first four, indigo, olive and wine are Tol's, and there
@@ -298,6 +299,22 @@ def _nested(array, dims: int) -> list:
     if isinstance(array, list | tuple) != (dims > 0):
         raise ValueError(f"expected an array with {dims} further dimension(s) here, got {array!r:.60}")
     return [_nested(row, dims - 1) for row in array] if dims else array
+
+
+def legible(color: str) -> str:
+    """A colour #rrggbb that can be seen on a dark page too: a dark one is mixed with white, black becomes the ink."""
+    if color in (INK, "#000000"):
+        return MID_INK
+    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
+    while _luminance(rgb) < 0.117:  # contrast of 3 to 1 with JupyterLab's dark page, #111111
+        rgb = [channel + (255 - channel) * 0.05 for channel in rgb]
+    return "#" + "".join(f"{round(channel):02X}" for channel in rgb)
+
+
+def _luminance(rgb: Sequence[float]) -> float:
+    """Relative luminance of sRGB 0..255, as WCAG 2 defines it."""
+    linear = [c / 12.92 if (c := channel / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for channel in rgb]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def themed(color: str) -> str:

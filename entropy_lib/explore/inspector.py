@@ -15,9 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_lib.entropy import attention_entropy
 from entropy_lib.explore import smollm2
-from entropy_lib.explore.controls import keys_worth
 from entropy_lib.explore.figures import entropy_heatmap
-from entropy_lib.explore.module import ModuleExplorer, module_source
+from entropy_lib.explore.module import ModuleExplorer, keys_worth, module_source
 from entropy_lib.explore.reading import COARSE, EXACT, Reading, next_tokens, packed, read_attention, unpacked
 from entropy_lib.explore.tiny_model import TINY, load_tiny_model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from importlib.resources import files
 
 try:
@@ -37,6 +38,11 @@ const model = {
 def module_source(name: str) -> str:
     """The ES module of an explorer: the shared drawing, then its own file."""
     return "\n".join((_HERE / file).read_text(encoding="utf-8") for file in ("draw.js", f"{name}.js"))
+
+
+def keys_worth(entropy: float) -> str:
+    """An entropy in nats with its number of equal keys: '2.31 nats, 10.1 keys' worth'."""
+    return f"{abs(entropy):.3g} nats, {math.exp(entropy):.3g} keys’ worth"  # one key has -0.0
 
 
 class ModuleExplorer(anywidget.AnyWidget):

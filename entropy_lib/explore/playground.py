@@ -15,8 +15,7 @@ from plotly.colors import sample_colorscale
 from traitlets import Bool, Dict, Enum, Float, Int, List, TraitError, Unicode, validate
 
 from entropy_lib.entropy import diagnose
-from entropy_lib.explore.controls import legible
-from entropy_lib.explore.figures import VARIANT_COLORS, loss_curves
+from entropy_lib.explore.figures import VARIANT_COLORS, legible, loss_curves
 from entropy_lib.explore.live_training import LiveRun
 from entropy_lib.explore.module import ModuleExplorer, module_source
 from entropy_lib.modeling import MODEL_SIZES

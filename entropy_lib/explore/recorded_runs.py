@@ -14,8 +14,7 @@ from traitlets import Dict, Enum, Int, List, TraitError, Unicode, observe, valid
 
 from entropy_lib.clone import CLONE
 from entropy_lib.entropy import diagnose, entropy_bands, head_entropies
-from entropy_lib.explore.controls import legible
-from entropy_lib.explore.figures import BANDS, INK, VARIANT_COLORS, entropy_heatmaps
+from entropy_lib.explore.figures import BANDS, INK, VARIANT_COLORS, entropy_heatmaps, legible
 from entropy_lib.explore.module import ModuleExplorer, module_source
 from entropy_lib.training.records import RunRecord, load_runs
 

@@ -12,9 +12,8 @@ from traitlets import Bool, Enum, Float, Int, List, TraitError, Unicode, validat
 
 from entropy_lib.entropy import entropy_from_logits, log_softmax_and_softmax
 from entropy_lib.explore.attention_logits import AttentionLogits, as_logits, logits_of, read_logits
-from entropy_lib.explore.controls import keys_worth
 from entropy_lib.explore.figures import lines
-from entropy_lib.explore.module import ModuleExplorer, module_source
+from entropy_lib.explore.module import ModuleExplorer, keys_worth, module_source
 
 LOW, HIGH = 0.01, 100.0  # temperatures
 POINTS = 61  # of the curves

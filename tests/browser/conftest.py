@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from ipykernel.kernelspec import write_kernel_spec
-from window import OUTPUT
+from marks import OUTPUT
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = "09_explorers.ipynb"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from window import MARKS, Window, inspector_as_computed, runs_as_recorded
+from marks import inspector_as_computed, runs_as_recorded
 
 from entropy_lib import record_entropy
 from entropy_lib.explore import attention_inspector, run_explorer
@@ -16,34 +16,6 @@ from entropy_lib.explore.tiny_model import load_tiny_model
 @pytest.fixture(scope="module")
 def records():
     return recorded(None)
-
-
-@pytest.mark.parametrize("name", MARKS)
-def test_tab_reaches_every_control(page, name):
-    window = Window(page, name)
-    controls = window.root.locator(".widget-slider, .widget-dropdown, .widget-checkbox, button[class*=entropy-]")
-    assert all(words.strip() for words in controls.all_text_contents())
-    reachable = window.root.locator(".noUi-handle, select, textarea, input[type=checkbox], button.widget-button")
-    enabled = "them => them.flatMap((it, index) => it.matches(':disabled, [disabled] *') ? [] : [index])"
-    wanted = set(reachable.evaluate_all(enabled))
-    window.root.evaluate("root => (root.tabIndex = -1, root.focus())")
-    reached = set()
-    for _ in range(4 * reachable.count()):  # readouts of sliders take the focus too
-        page.keyboard.press("Tab")
-        if not window.root.evaluate("root => root.contains(document.activeElement)"):
-            break
-        reached.add(reachable.evaluate_all("them => them.indexOf(document.activeElement)"))
-    assert wanted
-    assert wanted <= reached
-
-
-@pytest.mark.parametrize("name", MARKS)
-def test_every_slider_has_the_name_that_is_beside_it(page, name):
-    root = Window(page, name).root
-    labels = root.locator(".widget-slider .widget-label").all_text_contents()
-    assert len(labels) == root.locator(".noUi-handle").count() > 0
-    for text in labels:
-        assert root.get_by_role("slider", name=text, exact=True).count() == 1
 
 
 def test_runs(page, records):

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from marks import OUTPUT, inspector_as_computed, places, runs_as_recorded
 from PIL import Image
 from transformers import BertConfig, BertModel
-from window import OUTPUT, inspector_as_computed, places, runs_as_recorded
 
 from entropy_lib import attention_entropy
 from entropy_lib.clone import CLONE
@@ -841,17 +841,13 @@ def test_the_playground_moves_without_a_kernel(open_html, trained):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "runs", "cost", "inspector"])
-def test_they_fit_their_cell_on_any_page(open_html, film, name, scheme):
-    film.step = 200
-    explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer, "runs": run_explorer}
-    explorers |= {"temperature": temperature_explorer, "cost": cost_explorer, "inspector": microscope}
-
-
-@pytest.mark.parametrize("name", ["tug_of_war", "film", "penalty", "temperature", "runs", "cost", "playground"])
+@pytest.mark.parametrize(
+    "name", ["tug_of_war", "film", "penalty", "temperature", "runs", "cost", "inspector", "playground"]
+)
 def test_they_fit_their_cell_on_any_page(open_html, film, trained, name, scheme):
     film.step = 200
     explorers = {"tug_of_war": tug_of_war, "film": lambda: film, "penalty": penalty_explorer, "runs": run_explorer}
+    explorers |= {"inspector": microscope}
     explorers |= {"temperature": temperature_explorer, "cost": cost_explorer, "playground": lambda: trained[0]}
     page = open_html(explorers[name]())
     if scheme == "dark":

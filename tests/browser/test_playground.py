@@ -8,8 +8,8 @@ from statistics import median
 import numpy as np
 import pytest
 from conftest import prepare
+from marks import OUTPUT, places
 from test_slow_start import no_time_to_start  # noqa: F401
-from window import OUTPUT, places
 
 from entropy_lib.explore.playground import BUTTONS, QUICK, SETTINGS, loss_axis
 from entropy_lib.training.corpus import load_corpus, unigram_entropy

@@ -206,3 +206,13 @@ def test_missing_plotly_names_the_extra(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", no_plotly)
     with pytest.raises(ImportError, match=r"entropy_lib\[notebooks\]"):
         importlib.import_module("entropy_lib.explore.figures")
+
+
+@pytest.mark.parametrize(
+    "color", [figures.COLLAPSE, figures.OVERLOAD, figures.HEALTHY, *figures.VARIANT_COLORS.values()]
+)
+def test_a_legible_color_shows_on_a_dark_page(color):
+    seen = figures.legible(color)
+    luminance = figures._luminance([int(seen[i : i + 2], 16) for i in (1, 3, 5)])
+    assert (luminance + 0.05) / (0.0056 + 0.05) >= 2.99
+    assert figures.legible(figures.INK) == figures.MID_INK

@@ -13,6 +13,7 @@ from entropy_lib import attention_entropy, build_model
 pytest.importorskip("anywidget")
 explore = pytest.importorskip("entropy_lib.explore")
 from entropy_lib.explore import attention_logits  # noqa: E402
+from entropy_lib.explore.module import keys_worth  # noqa: E402
 from make.attention_logits import write_logits  # noqa: E402
 
 
@@ -150,3 +151,7 @@ def test_bad_logits_are_refused():
         explore.temperature_explorer(torch.full((1, 1, 2, 2), -math.inf))
     with pytest.raises(ValueError, match="layers, heads, queries, keys"):
         explore.temperature_explorer(torch.full((1, 1, 2, 2), math.nan))
+
+
+def test_one_key_is_worth_zero_nats_without_a_sign():
+    assert keys_worth(-0.0) == keys_worth(0.0) == "0 nats, 1 keys’ worth"

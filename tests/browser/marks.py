@@ -1,4 +1,4 @@
-"""One explorer in the page: its controls by keyboard and mouse, its figure's data as the browser holds them."""
+"""Whether the marks of an explorer in the page stand where the library says."""
 
 import base64
 import io
@@ -14,37 +14,6 @@ from entropy_lib import attention_entropy, entropy_bands
 from entropy_lib.explore.recorded_runs import learned_means
 
 OUTPUT = Path(__file__).resolve().parents[2] / "build" / "browser"
-MARKS = {}
-
-
-class Window:
-    def __init__(self, page, name: str):
-        self.page = page
-        self.root = page.locator(f".entropy-explorer:has(.entropy-{MARKS[name]})")
-        self.figure = self.root.locator(".js-plotly-plot")
-        self.root.scroll_into_view_if_needed()
-
-    def traces(self) -> list[dict]:
-        return self.figure.evaluate("figure => lab.traces(figure)")
-
-    def status(self) -> str:
-        return self.root.locator(".entropy-status").inner_text()
-
-    def settle(self, quiet: int = 300):
-        self.figure.evaluate("(figure, quiet) => lab.settled(figure, quiet)", quiet)
-
-    def control(self, name: str):
-        """What takes the keyboard: the handle of a slider, a list, a check box."""
-        return self.root.locator(f".entropy-{name}").locator(".noUi-handle, select, input[type=checkbox], textarea")
-
-    def readout(self, name: str) -> float:
-        return float(self.root.locator(f".entropy-{name} .widget-readout").inner_text())
-
-    def press(self, name: str, key: str, times: int = 1):
-        self.control(name).focus()
-        for _ in range(times):
-            self.page.keyboard.press(key)
-        self.settle()
 
 
 def runs_as_recorded(root, explorer, levels: int):
