@@ -10,6 +10,7 @@ from entropy_lib.explore.figures import GRID, INK, VARIANT_COLORS, go, laid_out,
 PART_COLORS = {  # nonlinear operations in colour, linear ones in greys
     "softmax": "#0072B2",
     "LayerNorm": "#E69F00",
+    "RMSNorm": "#F0C05A",
     "activation": "#D55E00",
     "attention linear": "#6F7680",
     "FFN linear": "#9AA1AB",

@@ -75,6 +75,13 @@ class PenaltyExplorer(ModuleExplorer):
             raise TraitError(f"run is an index of {len(self.runs)} records")
         return proposal["value"]
 
+    def state(self) -> dict:
+        """What the page has without a kernel: the run shown, and of every model in an experiment the first seed."""
+        pairs = zip(self.runs, self.records, strict=True)
+        firsts = {(run["group"], record.variant): n for n, (run, record) in reversed([*enumerate(pairs)])}
+        kept = sorted({self.run, *firsts.values()})
+        return super().state() | {"runs": [self.runs[n] for n in kept], "run": kept.index(self.run)}
+
     @property
     def record(self) -> RunRecord:
         return self.records[self.run]

@@ -77,7 +77,7 @@ class CostExplorer(ModuleExplorer):
     price_tables = Dict().tag(sync=True, state=True)
     networks = Dict({name: asdict(network) for name, network in NETWORKS.items()}).tag(sync=True, state=True)
     cells = List(Dict()).tag(sync=True, state=True)
-    colors = Dict(PART_COLORS).tag(sync=True, state=True)
+    colors = Dict({part: PART_COLORS[part] for part in Architecture().parts}).tag(sync=True, state=True)
 
     def __init__(self, **traits):
         super().__init__(

@@ -21,6 +21,7 @@ _NAMES = {  # transformers'
 _ATTENTIONS = {"softmax": "softmax", "relu2": "relu2_attention"}  # `Variant`'s
 LLAMA_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")  # RMSNorm, rotary positions, a gated FFN
 MODEL_TYPES = ("entropy_gpt2", "gpt2", "opt", "gpt_neox", *LLAMA_TYPES)  # whose operations are known
+_MAY_BE_NONE = ("positions", "key_value_heads", "head_size")
 _UNPRICED = {  # operations that no price stands for, by the setting that asks for one
     "attn_logit_softcapping": "tanh of attention logits", "final_logit_softcapping": "tanh of the logits",
     "num_local_experts": "a choice of experts", "num_experts": "a choice of experts",
@@ -88,32 +89,26 @@ class Architecture:
             object.__setattr__(self, "final_layer_norm", self.layer_norm)
         if self.ffn_width is None:
             object.__setattr__(self, "ffn_width", 4 * whole_number("width", self.width))
-        if self.key_value_heads is None:
-            object.__setattr__(self, "key_value_heads", self.heads)
-        for name in ("layers", "heads", "width", "ffn_width", "vocabulary", "positions", "key_value_heads"):
-            if (value := getattr(self, name)) is not None or name != "positions":
+        for name in ("layers", "heads", "width", "ffn_width", "vocabulary", *_MAY_BE_NONE):
+            if (value := getattr(self, name)) is not None or name not in _MAY_BE_NONE:
                 object.__setattr__(self, name, whole_number(name, value))
         if self.dynamic_heads is not None:
             pattern = tuple(whole_number("dynamic_heads", heads) for heads in self.dynamic_heads)
             if not pattern or not all(0 <= heads <= self.heads for heads in pattern):
                 raise ValueError(f"dynamic_heads must be numbers from 0 to heads = {self.heads}, got {pattern}")
             object.__setattr__(self, "dynamic_heads", pattern)
-        for name in ("layers", "heads", "width", "ffn_width", "key_value_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("layers", "heads", "width", "ffn_width", "key_value_heads", "head_size"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
         if self.vocabulary < 0:  # 0: blocks only
             raise ValueError(f"vocabulary must not be negative, got {self.vocabulary}")
-        if self.head_size is None:
-            if self.width % self.heads:
-                raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
-            object.__setattr__(self, "head_size", self.width // self.heads)
-        object.__setattr__(self, "head_size", whole_number("head_size", self.head_size))
-        if self.head_size < 1:
-            raise ValueError(f"head_size must be positive, got {self.head_size}")
-        if self.heads % self.key_value_heads:
-            raise ValueError(
-                f"heads must be a multiple of key_value_heads, got {self.heads} and {self.key_value_heads}"
-            )
+        if self.head_size is None and self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got {self.width} and {self.heads}")
+        if self.heads % self.groups:
+            raise ValueError(f"heads must be a multiple of key_value_heads, got {self.heads} and {self.groups}")
+        for name, usual in (("key_value_heads", self.heads), ("head_size", self.width / self.heads)):
+            if getattr(self, name) == usual:  # so that what is the same compares as the same
+                object.__setattr__(self, name, None)
         if self.norm not in NORMS:
             raise ValueError(f"norm must be one of {tuple(NORMS)}, got {self.norm!r}")
         if self.activation not in ACTIVATIONS:
@@ -124,6 +119,16 @@ class Architecture:
             raise ValueError(f"a fused FFN has no activation in between, got {self.activation!r}")
         if self.gated and self.activation == "bilinear":
             raise ValueError("a gated FFN without an activation is activation='linear', gated=True")
+
+    @property
+    def groups(self) -> int:
+        """Keys and values, as many of each."""
+        return self.key_value_heads or self.heads
+
+    @property
+    def size(self) -> int:
+        """Of a head, d_k."""
+        return self.head_size or self.width // self.heads
 
     @property
     def parts(self) -> list[str]:
@@ -249,7 +254,7 @@ def operations(architecture: Architecture, context_length: int, logits_to_keep: 
 
 def _operations(architecture: Architecture, context_length: int, kept: int) -> Iterator[Operation]:
     a, t, d = architecture, context_length, architecture.width
-    size, norm = a.head_size, Operation(NORMS[a.norm], a.norm, (t, d))
+    size, norm = a.size, Operation(NORMS[a.norm], a.norm, (t, d))
     if a.vocabulary:
         yield Operation("embedding", "embed", (t, a.vocabulary, d))
     for layer in range(a.layers):
@@ -260,9 +265,9 @@ def _operations(architecture: Architecture, context_length: int, kept: int) -> I
         if a.layer_norm:
             yield replace(norm, layer=layer)
         dynamic = a.heads_of_layer(layer)
-        keys = min(dynamic, a.key_value_heads)  # of groups without a dynamic head none are needed
+        keys = min(dynamic, a.groups)  # of groups without a dynamic head none are needed
         static, width = a.heads - dynamic, dynamic * size
-        yield linear("attention linear", d, width + (keys + a.key_value_heads) * size)
+        yield linear("attention linear", d, width + (keys + a.groups) * size)
         if a.query_key_norm and dynamic:
             yield Operation("RMSNorm", "rmsnorm", (dynamic + keys, t, size), layer)
             rows = (dynamic + keys) * t  # turned before they meet a matrix, so that their gain is one of its own

@@ -47,7 +47,7 @@ def llama_weights(model: torch.nn.Module, context_length: int) -> tuple[Architec
 
     tokens = state["model.embed_tokens.weight"]
     weights = {"tokens": tokens * math.sqrt(architecture.width) if gemma else tokens}
-    size = architecture.head_size
+    size = architecture.size
     for layer in range(architecture.layers):
         here = f"model.layers.{layer}."
 

@@ -285,7 +285,7 @@ def forward_plan(
         dynamic, values = a.heads_of_layer(layer), "v" if layer or not a.value_residual else "v0"
         parts = ["q", "k", values] if dynamic else [values]
         if a.norm == "rmsnorm":
-            step("attention linear", "grouped_heads", ["qkv"], parts, count=a.heads, groups=a.key_value_heads)
+            step("attention linear", "grouped_heads", ["qkv"], parts, count=a.heads, groups=a.groups)
             turn("q", f"{layer}.query_gain")
             turn("k", f"{layer}.key_gain")
         else:

@@ -151,3 +151,12 @@ def test_the_still_has_every_head_on_its_curve(explorer):
     for dots, name in zip(figure.data[2:], ("penalty", "gradient"), strict=True):
         np.testing.assert_allclose(dots.x, heads["entropy"])
         np.testing.assert_allclose(dots.y, heads[name])
+
+
+def test_without_a_kernel_a_model_has_its_first_seed_and_the_run_that_is_shown():
+    explorer = explore.penalty_explorer()
+    explorer.run = next(n for n, run in enumerate(explorer.runs) if "seed 2" in run["name"])
+    kept = explorer.state()
+    assert kept["runs"][kept["run"]] == explorer.runs[explorer.run]
+    firsts = {(run["group"], record.variant) for run, record in zip(explorer.runs, explorer.records, strict=True)}
+    assert len(kept["runs"]) == len(firsts) + 1 < len(explorer.runs)
