@@ -10,8 +10,8 @@ from entropy_lib.clone import CLONE as ROOT
 from entropy_lib.explore import microscope, penalty_explorer, run_explorer
 
 PAGES = ["index", *sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")), "microscope"]
-MODULES = {"index": 1, "00_start_here": 2, "06_entropy_guided_attention": 1, "09_explorers": 5, "11_private_gpt2": 1}
-MODULES |= {"03_any_transformer": 1, "microscope": 1}
+MODULES = {"index": 1, "00_start_here": 2, "06_entropy_guided_attention": 1, "09_explorers": 6, "11_private_gpt2": 1}
+MODULES |= {"01_entropy_math": 1, "03_any_transformer": 1, "microscope": 1}
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +45,10 @@ def test_a_page_is_whole_by_itself(opened, site, name):
     page = opened(name)
     for index in range(MODULES.get(name, 0)):
         page.locator(".entropy-module").nth(index).wait_for()
-    for control in page.locator(".entropy-module input, .entropy-module select").all():
+    for control in page.locator(".entropy-module input:enabled, .entropy-module select:enabled").all():
         control.focus()
         page.keyboard.press("ArrowRight")
-    for button in page.locator(".entropy-module button").all():
+    for button in page.locator(".entropy-module button:enabled").all():
         button.click()
     page.wait_for_timeout(200)
     assert page.locator(".entropy-module").count() == MODULES.get(name, 0)
