@@ -98,16 +98,17 @@ def tasks(context_length: int, method: str = "as given") -> Iterator[tuple[str, 
     """(section, name, plan, delay): operations at the paper's shapes; for T = 128 also blocks, and rounds in small."""
     own = own_operations(method)
     blocks, private = block_architectures(), private_architectures()
-    kinds = [Architecture(vocabulary=VOCABULARY), *blocks.values()]
+    kinds = [Architecture(vocabulary=VOCABULARY), *(a for a in blocks.values() if a.norm == "layernorm")]
+    more = [*(a for a in blocks.values() if a.norm != "layernorm"), *private.values()]
     wanted = {(o.name, o.shape): o for a in kinds for o in operations(a, context_length)}
-    if method == "as given":  # of the private family, what no other has: blocks are priced and run at their best
+    if method == "as given":  # of Llama's and the private family's, what no other has
         named = {name for name, _ in wanted}
-        beyond = [o for a in private.values() for o in operations(a, context_length) if o.name not in named]
+        beyond = [o for a in more for o in operations(a, context_length) if o.name not in named]
         wanted |= {(o.name, o.shape): o for o in beyond}
     else:
         blocks |= private
-        wanted |= {(o.name, o.shape): o for a in private.values() for o in operations(a, context_length)}
-    kinds += private.values()
+        wanted |= {(o.name, o.shape): o for a in more for o in operations(a, context_length)}
+    kinds += more
     wanted = {key: o for key, o in wanted.items() if o.part != "vocabulary projection"}  # linear like the others
     wanted = {key: o for key, o in wanted.items() if o.shape != (256, 768, 6144)}  # takes over 20 GB of memory
     if context_length == 128:
