@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import math
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.training.records import RunRecord
 
 POINTS = 161  # of the curves
+ROOM = 200_000  # of the page without a kernel: characters of its runs
 STATES = {"below": COLLAPSE, "inside": HEALTHY, "above": OVERLOAD}
 
 
@@ -76,7 +78,9 @@ class PenaltyExplorer(ModuleExplorer):
         return proposal["value"]
 
     def state(self) -> dict:
-        """What the page has without a kernel: the run shown, and of every model in an experiment the first seed."""
+        """What the page has without a kernel: where all runs take more than `ROOM`, the first seeds and the run shown."""
+        if len(json.dumps(self.runs)) <= ROOM:
+            return super().state()
         pairs = zip(self.runs, self.records, strict=True)
         firsts = {(run["group"], record.variant): n for n, (run, record) in reversed([*enumerate(pairs)])}
         kept = sorted({self.run, *firsts.values()})

@@ -45,11 +45,12 @@ def test_a_page_is_whole_by_itself(opened, site, name):
     page = opened(name)
     for index in range(MODULES.get(name, 0)):
         page.locator(".entropy-module").nth(index).wait_for()
-    for control in page.locator(".entropy-module input:enabled, .entropy-module select:enabled").all():
-        control.focus()
-        page.keyboard.press("ArrowRight")
-    for button in page.locator(".entropy-module button:enabled").all():
-        button.click()
+    for control in page.locator(".entropy-module").locator("input, select, button").all():
+        if control.is_enabled():
+            control.focus()
+            page.keyboard.press("ArrowRight")
+            if control.evaluate("control => control.localName") == "button":
+                control.click()
     page.wait_for_timeout(200)
     assert page.locator(".entropy-module").count() == MODULES.get(name, 0)
     assert "An explorer: it moves where scripts may run" not in page.locator("body").inner_text()
