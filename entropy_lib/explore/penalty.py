@@ -78,7 +78,7 @@ class PenaltyExplorer(ModuleExplorer):
         return proposal["value"]
 
     def state(self) -> dict:
-        """What the page has without a kernel: where all runs take more than `ROOM`, the first seeds and the run shown."""
+        """What the page has without a kernel: if all runs take more than `ROOM`, the first seeds and the run shown."""
         if len(json.dumps(self.runs)) <= ROOM:
             return super().state()
         pairs = zip(self.runs, self.records, strict=True)
