@@ -27,11 +27,13 @@ def load_anew(page, attempts: int = 6, seconds: float = 10):
 
 
 def test_the_inspector_loaded_anew_shows_what_the_kernel_has_read(page):
-    page.evaluate("code => lab.kernel().requestExecute({ code }).done", f"inspector.text = {TEXT!r}")
+    explorer, code = attention_inspector(), []
+    for name, value in {"text": TEXT, "layer": 1, "head": 0, "position": 3, "temperature": 1.0}.items():
+        setattr(explorer, name, value)
+        code.append(f"inspector.{name} = {value!r}")
+    page.evaluate("code => lab.kernel().requestExecute({ code }).done", "\n".join(code))
     page.evaluate("lab.app.commands.execute('docmanager:save')")
     load_anew(page)
-    explorer = attention_inspector()
-    explorer.text = TEXT
     root = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-position)")
     root.locator(".entropy-status", has_text=explorer.words()).wait_for()
     assert root.locator("textarea").input_value() == TEXT
