@@ -156,3 +156,13 @@ const handle = (element, label, { get, put, at, step, low, high }) => {
     put(within(get() + move));
   });
 };
+
+// `initialize` of the modules. anywidget drops all that comes from Python for good where a module did not start within
+// two seconds, as on a busy page. What was dropped before is asked for again.
+const letChangesIn = async ({ model }) => {
+  const real = await model.widget_manager?.get_model?.(model.get("_own_id"));
+  if (!real?.comm?.on_msg) return; // no front end of ipywidgets, and no gate of anywidget's
+  const widgetModel = Object.getPrototypeOf(Object.getPrototypeOf(real)); // beneath anywidget's
+  real.comm.on_msg(widgetModel._handle_comm_msg.bind(real));
+  real._handle_comm_msg({ content: { data: {} } }).catch(() => real.comm.send({ method: "request_state" }));
+};

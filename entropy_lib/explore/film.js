@@ -125,4 +125,4 @@ function render({ model, el }) {
   return stop;
 }
 
-export default { render };
+export default { initialize: letChangesIn, render };

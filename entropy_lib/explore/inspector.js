@@ -326,12 +326,4 @@ const LOOK = `
 .entropy-expected code { background: none; color: inherit; white-space: pre }
 .entropy-scale { width: 120px; height: 10px }`;
 
-// anywidget drops every change from Python for good where a module did not start within two seconds, as on a busy page.
-const initialize = async ({ model }) => {
-  const real = await model.widget_manager?.get_model?.(model.get("_own_id"));
-  if (!real?.comm?.on_msg) return; // no front end of ipywidgets, and no gate of anywidget's
-  const widgetModel = Object.getPrototypeOf(Object.getPrototypeOf(real)); // beneath anywidget's
-  real.comm.on_msg(widgetModel._handle_comm_msg.bind(real));
-};
-
-export default { initialize, render };
+export default { initialize: letChangesIn, render };

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import uuid
 from collections.abc import Callable
 from functools import cache
 
@@ -101,7 +100,6 @@ class AttentionInspector(ModuleExplorer):
     position = Int(0, min=0).tag(sync=True, state=True)
     temperature = Float(1.0, min=LOW, max=HIGH).tag(sync=True, state=True)
     predictions = Dict().tag(sync=True)
-    _own_id = Unicode().tag(sync=True)
     parked = Float(PARKED).tag(sync=True, state=True)
     colors = List(Unicode(), sample_colorscale("Cividis", 64)).tag(sync=True, state=True)
 
@@ -110,8 +108,7 @@ class AttentionInspector(ModuleExplorer):
         self._size = 1  # of the reading that was shown last, in tokens
         name = next(iter(models))
         text = next(iter(self._prepared(name).values())) if text is None else text
-        own_id = uuid.uuid4().hex  # for the module to find its widget by
-        super().__init__(models=list(models), model=name, text=text, model_id=own_id, _own_id=own_id)
+        super().__init__(models=list(models), model=name, text=text)
         if self.shown:  # start at the sharpest head that does not park, which has most to show
             means, parks = attention_entropy(self.attention).mean(-1), self.parks
             means = means if parks.all() else means.masked_fill(parks, math.inf)

@@ -10,7 +10,10 @@ import base64
 import hashlib
 import json
 import math
+import uuid
 from importlib.resources import files
+
+from traitlets import Unicode
 
 try:
     import anywidget
@@ -47,6 +50,12 @@ def keys_worth(entropy: float) -> str:
 
 class ModuleExplorer(anywidget.AnyWidget):
     """A widget whose synced traits tagged `state` are all that its module sees; see the file's docstring."""
+
+    _own_id = Unicode().tag(sync=True)  # for the module to find its widget by
+
+    def __init__(self, **traits):
+        own_id = uuid.uuid4().hex
+        super().__init__(model_id=own_id, _own_id=own_id, **traits)
 
     def state(self) -> dict:
         """What the module computes from, by trait."""

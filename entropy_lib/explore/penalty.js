@@ -197,4 +197,4 @@ const MARK = `
 .entropy-module svg text.entropy-mark { fill: white; stroke: black; stroke-width: 2px; paint-order: stroke; font-size: 11px; pointer-events: none }
 .entropy-module select.entropy-run { max-width: 460px }`;
 
-export default { render };
+export default { initialize: letChangesIn, render };

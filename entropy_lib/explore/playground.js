@@ -57,22 +57,12 @@ export const sentence = (run, step, kernel) => {
   return parts;
 };
 
-const WIDTH = 900, HEIGHT = 548, LOSS = { x: [56, 890], y: [26, 246] };
+const WIDTH = 900, HEIGHT = 553, LOSS = { x: [56, 890], y: [26, 246] };
 const LAYERS = { x: [56, 470], y: [328, 494] }, MAP = { x: [560, 890], y: [328, 494] };
 const BOLD = { style: "font-weight: 600" }, MIDDLE = { "text-anchor": "middle" }, END = { "text-anchor": "end" };
 
-// anywidget drops all that comes from Python for good where a module did not start within two seconds, as on a busy
-// page. What was dropped before is asked for again.
-const letChangesIn = async (model) => {
-  const real = await model.widget_manager?.get_model?.(model.get("_own_id"));
-  if (!real?.comm?.on_msg) return; // no front end of ipywidgets, and no gate of anywidget's
-  const widgetModel = Object.getPrototypeOf(Object.getPrototypeOf(real)); // beneath anywidget's
-  real.comm.on_msg(widgetModel._handle_comm_msg.bind(real));
-  real._handle_comm_msg({ content: { data: {} } }).catch(() => real.comm.send({ method: "request_state" }));
-};
-
 function initialize({ model }) {
-  letChangesIn(model);
+  letChangesIn({ model });
   model.on("msg:custom", (message) => {
     if (!told(model.get("drawn"), message)) model.send({ missed: true });
   });
@@ -93,14 +83,14 @@ function render({ model, el }) {
   for (const { x, y } of [LOSS, LAYERS]) text((x[0] + x[1]) / 2, y[1] + 36, "training step", MIDDLE);
   text((MAP.x[0] + MAP.x[1]) / 2, MAP.y[1] + 36, "head", MIDDLE);
   text(MAP.x[0] - 8, MAP.y[1] + 18, "layer", END);
-  const depths = text(LAYERS.x[0], HEIGHT - 2, "");
+  const depths = text(LAYERS.x[0], HEIGHT - 7, "");
   const grids = [LOSS, LAYERS].map(group), losses = group(), layers = group(), map = group();
   const unigram = svg.appendChild(make("line", { x1: LOSS.x[0], x2: LOSS.x[1], stroke: "currentColor",
     "stroke-dasharray": "6 4", opacity: 0.5, class: "entropy-unigram" }));
   const unigramName = text(LOSS.x[1], 0, "unigram entropy: no use of context", END);
   const cursor = svg.appendChild(make("path", { stroke: OVERLOAD, "stroke-width": 1.5, class: "entropy-cursor" }));
   const dots = [LOSS, LAYERS].map(() => svg.appendChild(make("circle", { r: 5, fill: "none", stroke: "currentColor", "stroke-width": 2 })));
-  const tips = [LOSS, LAYERS].map(({ x, y }) => text(x[1], y[0] - 12, "", END)).concat(text(MAP.x[1], HEIGHT - 2, "", END));
+  const tips = [LOSS, LAYERS].map(({ x, y }) => text(x[1], y[0] - 12, "", END)).concat(text(MAP.x[1], HEIGHT - 7, "", END));
 
   const across = ({ x: [from, to] }, step, last) => from + ((to - from) * step) / last;
   const up = ({ y: [top, bottom] }, share) => bottom - (bottom - top) * share;

@@ -7,7 +7,6 @@ import copy
 import json
 import math
 import threading
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,6 @@ class TrainingPlayground(ModuleExplorer):
     step = Int(None, allow_none=True).tag(sync=True, state=True)
     drawn = Dict().tag(sync=True, state=True)
     trouble = Unicode().tag(sync=True, state=True)  # why the last press of a button did nothing
-    _own_id = Unicode().tag(sync=True)  # for the module to find its widget by
     kernel = Bool(True).tag(sync=True, state=True)
     most_steps = Int().tag(sync=True, state=True)
     lacking = Dict().tag(sync=True, state=True)  # settings that a variant does not have
@@ -94,10 +92,7 @@ class TrainingPlayground(ModuleExplorer):
         self.recipe, self.size, self.seed, self.runs, self._count = recipe, size, seed, [], 0
         self._corpus_given, self._corpus, self._unigram = corpus, None, None
         self._lock = threading.RLock()  # the training's thread tells the page, and so does the kernel's
-        own_id = uuid.uuid4().hex
         super().__init__(
-            model_id=own_id,
-            _own_id=own_id,
             variant=get_variant(variant).name,
             most_steps=max(500, recipe.steps),
             drawn={"runs": {}, "axis": loss_axis([])},

@@ -188,4 +188,4 @@ const BARS = `
 .entropy-module rect.entropy-part { stroke: white; stroke-width: 1 }
 .entropy-module svg text.entropy-cross { font-weight: 600; paint-order: stroke; stroke: white; stroke-width: 3px; fill: black }`;
 
-export default { render };
+export default { initialize: letChangesIn, render };

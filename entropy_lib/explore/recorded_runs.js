@@ -271,4 +271,4 @@ const MARK = `
 .entropy-module input.entropy-step { width: 260px }
 .entropy-scale { width: 120px; height: 10px }`;
 
-export default { render };
+export default { initialize: letChangesIn, render };

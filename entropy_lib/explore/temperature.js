@@ -218,4 +218,4 @@ const TEXT = `
 .entropy-module .edge { stroke: currentColor; opacity: 0.3 }
 .entropy-module svg text.entropy-mark { fill: white; stroke: black; stroke-width: 2px; paint-order: stroke; pointer-events: none }`;
 
-export default { render };
+export default { initialize: letChangesIn, render };

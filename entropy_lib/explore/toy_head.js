@@ -156,4 +156,4 @@ function render({ model, el }) {
   return () => cancelAnimationFrame(timer);
 }
 
-export default { render };
+export default { initialize: letChangesIn, render };

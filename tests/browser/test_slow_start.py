@@ -3,7 +3,7 @@
 import pytest
 from conftest import GIVEN_UP
 
-from entropy_lib.explore import attention_inspector
+from entropy_lib.explore import attention_inspector, penalty_explorer, temperature_explorer
 
 AT_ONCE = """() => {
   const timeout = AbortSignal.timeout;
@@ -23,13 +23,20 @@ def no_time_to_start(page):
     restore.evaluate("restore => restore()")
 
 
-def test_changes_arrive_at_a_module_that_anywidget_gave_up(page, no_time_to_start):
+@pytest.mark.parametrize(
+    ("name", "make", "changes"),
+    [
+        ("inspector", attention_inspector, {"head": 3, "text": "a = [b, c]", "temperature": 2.0}),
+        ("penalty", penalty_explorer, {"theta": 0.25, "own": True}),
+        ("temperature", temperature_explorer, {"layer": 1, "row": 3, "single": True}),
+    ],
+)
+def test_changes_arrive_at_a_module_that_anywidget_gave_up(page, no_time_to_start, name, make, changes):
     with page.expect_event("pageerror") as event:
-        page.evaluate("lab.runCell('inspector = attention_inspector()')")
+        page.evaluate("code => lab.runCell(code)", f"{name} = {make.__name__}()")
     assert GIVEN_UP in str(event.value)
-    explorer = attention_inspector()
-    root = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-position)")
-    for name, value in {"head": 3, "text": "a = [b, c]", "temperature": 2.0}.items():
-        page.evaluate("code => lab.kernel().requestExecute({ code }).done", f"inspector.{name} = {value!r}")
-        setattr(explorer, name, value)
-        root.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    explorer = make()
+    for trait, value in changes.items():
+        page.evaluate("code => lab.kernel().requestExecute({ code }).done", f"{name}.{trait} = {value!r}")
+        setattr(explorer, trait, value)
+        page.locator(".jp-OutputArea-output .entropy-status", has_text=explorer.words()).wait_for()
