@@ -249,7 +249,8 @@ function render({ model, el }) {
   const ask = (values) => Object.entries(values).some(([name, value]) => model.get(name) !== value) && change(model, values);
 
   const box = make("textarea", { rows: 4, spellcheck: "false", "aria-label": "text", class: "entropy-text" });
-  box.addEventListener("input", () => ask({ text: box.value }));
+  box.addEventListener("input", () => model.get("slow") || ask({ text: box.value }));
+  box.addEventListener("change", () => ask({ text: box.value }));
   box.addEventListener("keydown", (event) => event.stopPropagation());
   const why = make("span", { class: "entropy-why" });
   const list = make("select", { "aria-label": "try this", class: "entropy-try" });
@@ -262,7 +263,7 @@ function render({ model, el }) {
   const offer = () => {
     list.replaceChildren(...model.get("texts").map(([name, value]) => make("option", { value }, name)));
     box.readOnly = Boolean(model.get("read_only"));
-    why.textContent = model.get("read_only");
+    why.textContent = model.get("read_only") || (model.get("slow") ? "read when you leave the box" : "");
     follow();
   };
   const whole = (name, label, form = String) => range(model, name, label, 0, 1e6, 1, form);
@@ -302,7 +303,7 @@ function render({ model, el }) {
   };
   for (const name of ["model", "text", "readings"]) model.on(`change:${name}`, load);
   model.on("change:text", follow);
-  for (const name of ["texts", "read_only"]) model.on(`change:${name}`, offer);
+  for (const name of ["texts", "read_only", "slow"]) model.on(`change:${name}`, offer);
   for (const name of ["layer", "head", "position", "temperature", "predictions", "trouble"]) model.on(`change:${name}`, queue);
   offer();
   draw();

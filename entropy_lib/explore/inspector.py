@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from plotly.colors import sample_colorscale
 from torch import Tensor
-from traitlets import Dict, Float, Int, List, TraitError, Unicode, observe, validate
+from traitlets import Bool, Dict, Float, Int, List, TraitError, Unicode, observe, validate
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from entropy_lib.entropy import attention_entropy
@@ -33,6 +33,7 @@ TEXTS = {
 LOW, HIGH = 0.25, 4.0  # temperatures
 PARKED = 0.5  # of a head's weight: with more on the first token, it parks there
 FOLLOW = 5  # of the tokens that may come next
+AT_EVERY_KEY = 5e6  # weights of a model that reads so soon
 ROOM = 64_000  # of the page without a kernel: characters of all readings
 
 Load = Callable[[], tuple[PreTrainedModel, PreTrainedTokenizerBase]]
@@ -94,6 +95,7 @@ class AttentionInspector(ModuleExplorer):
     text = Unicode().tag(sync=True, state=True)
     read_only = Unicode().tag(sync=True, state=True)  # why a text of one's own cannot be typed
     readings = Dict().tag(sync=True, state=True)  # by model and text, see `_key`
+    slow = Bool(False).tag(sync=True, state=True)  # a text is read when its box is left, not at every key
     trouble = Unicode().tag(sync=True, state=True)
     layer = Int(0, min=0).tag(sync=True, state=True)
     head = Int(0, min=0).tag(sync=True, state=True)
@@ -142,6 +144,7 @@ class AttentionInspector(ModuleExplorer):
         with self.hold_sync():
             self.texts, self.trouble = [list(pair) for pair in prepared.items()], ""
             self.read_only = "a text of your own needs the model: notebook 03 downloads it" if recorded else ""
+            self.slow = not recorded and self._models[self.model]()[0].num_parameters() > AT_EVERY_KEY
             if self._key(self.text) not in self.readings:
                 try:
                     read = None if recorded else self._read_with_model(self.text)

@@ -91,6 +91,17 @@ def test_inspector(page):
     root.locator(".entropy-try").select_option(label="brackets")
     explorer.text = TEXTS["brackets"]
     says()
+    page.evaluate("code => lab.kernel().requestExecute({ code }).done", "inspector.slow = True")
+    root.get_by_text("read when you leave the box").wait_for()
+    root.locator("textarea").focus()
+    page.keyboard.press("Control+a")
+    page.keyboard.type("x = y")
+    page.wait_for_timeout(500)
+    says()  # still of the text before
+    root.locator(".entropy-layer").focus()
+    explorer.text = "x = y"
+    says()
+    page.evaluate("code => lab.kernel().requestExecute({ code }).done", "inspector.slow = False")
 
 
 def press(page, root, name: str, *keys: str):

@@ -208,6 +208,12 @@ def test_a_model_of_your_own_stands_beside_the_recorded_one(tokenizer):
         explorer.model = "another"
 
 
+def test_a_large_model_reads_when_the_box_is_left(explorer, monkeypatch):
+    assert not explorer.slow
+    monkeypatch.setattr(inspector, "AT_EVERY_KEY", 10)
+    assert inspector.attention_inspector().slow
+
+
 def test_an_empty_text_is_refused_in_place(explorer):
     before, text = explorer.shown, explorer.text
     explorer.text = ""
