@@ -1,5 +1,4 @@
-"""What a trained model can do beside its perplexity: recall, loss by position; and how far its attention looks at the
-input."""
+"""What a trained model can do beside its perplexity: recall, loss by position."""
 
 from __future__ import annotations
 
@@ -7,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from entropy_lib.entropy import attention_entropy
 from entropy_lib.modeling import EntropyGPT2LMHeadModel
 
 SEQUENCES = 256
@@ -41,25 +39,3 @@ def loss_by_position(model: EntropyGPT2LMHeadModel, blocks: Tensor, batch: int =
         logits = model(part).logits[:, :-1].transpose(1, 2).float()
         total += cross_entropy(logits, part[:, 1:], reduction="none").sum(0).double().cpu()
     return (total / len(blocks)).tolist()
-
-
-@torch.no_grad()
-def input_dependence(model: EntropyGPT2LMHeadModel, blocks: Tensor, batch: int = 32) -> list[list[float]]:
-    """How much each softmax head's attention depends on the input, in nats: [L][heads], 0 for a static pattern.
-
-    The mean over blocks [N, T] and positions of KL(row ‖ the head's mean row at its position), which is
-    H(mean row) - mean H(row): what the input tells about where the head looks.
-    """
-    before, sums = model.config._attn_implementation, None
-    try:
-        model.set_attn_implementation("eager")
-        for part in blocks.split(batch):
-            attentions = model(part.to(model.device), output_attentions=True, logits_to_keep=1).attentions
-            rows = [a.double() / a.double().sum(-1, keepdim=True) for a in attentions]  # half precision: 1 ± 0.4%
-            found = [(a.sum(0), attention_entropy(a).sum(0)) for a in rows]  # [h, T, T], [h, T]
-            sums = found if sums is None else [(s + t, e + f) for (s, e), (t, f) in zip(sums, found, strict=True)]
-    finally:
-        model.set_attn_implementation(before)
-    count = len(blocks)
-    of_layers = iter([attention_entropy(total / count) - entropy / count for total, entropy in sums or []])
-    return [next(of_layers).mean(-1).tolist() if heads else [] for heads in model.config.entropy_heads()]

@@ -23,9 +23,10 @@ from datasets import DatasetDict
 from tqdm.std import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
+from entropy_lib.input_dependence import input_dependence
 from entropy_lib.logit_range import logit_range
 from entropy_lib.modeling import EntropyGPT2LMHeadModel, build_model
-from entropy_lib.training.abilities import input_dependence, loss_by_position, recall
+from entropy_lib.training.abilities import loss_by_position, recall
 from entropy_lib.training.cache import cache_folder
 from entropy_lib.training.corpus import load_corpus
 from entropy_lib.training.global_state import OwnDraws, one_training_at_a_time

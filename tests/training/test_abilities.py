@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from entropy_lib import build_model
-from entropy_lib.training.abilities import input_dependence, loss_by_position, recall
+from entropy_lib.input_dependence import input_dependence
+from entropy_lib.training.abilities import loss_by_position, recall
 from entropy_lib.training.records import RunRecord
 from tests.training.test_training import corpus, train
 
