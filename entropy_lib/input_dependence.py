@@ -31,9 +31,8 @@ def entropy_and_dependence(
         model.set_attn_implementation("eager")
         for part in blocks.split(batch):
             outputs = model(part.to(model.device), output_attentions=True, use_cache=False, logits_to_keep=1)
-            rows = [
-                a.double() / a.double().sum(-1, keepdim=True) for a in outputs.attentions
-            ]  # half precision: 1 ± 0.4%
+            weights = [a.double() for a in outputs.attentions]
+            rows = [a / a.sum(-1, keepdim=True) for a in weights]  # in half precision they sum to 1 ± 0.4%
             found = [(a.sum(0), attention_entropy(a).sum(0)) for a in rows]  # [h, T, T], [h, T]
             sums = found if sums is None else [(s + t, e + f) for (s, e), (t, f) in zip(sums, found, strict=True)]
     finally:

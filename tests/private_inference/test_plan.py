@@ -1,5 +1,7 @@
 """Plans: which heads are kept is the ranking's, how many is the budget's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_families import tiny
@@ -7,6 +9,7 @@ from test_families import tiny
 from entropy_lib import record_entropy
 from entropy_lib.explore.tiny_model import load_tiny_model
 from entropy_lib.input_dependence import input_dependence
+from entropy_lib.private_inference.architecture import Architecture
 from entropy_lib.private_inference.costs import inference_cost, savings
 from entropy_lib.private_inference.plan import suggest_plan
 
@@ -38,10 +41,6 @@ def test_the_most_input_dependent_heads_are_kept_and_as_many_as_the_budget_pays_
 
 
 def _price(model, heads):
-    from dataclasses import replace
-
-    from entropy_lib.private_inference.architecture import Architecture
-
     changes = {"layer_norm": False, "query_key_norm": False, "activation": "relu"}
     by_layer = tuple(heads.view(2, 4).sum(-1).tolist())
     return inference_cost(
@@ -49,8 +48,8 @@ def _price(model, heads):
     ).communication_gb
 
 
-def test_what_is_measured_is_the_heads_own(model="llama"):
-    model = tiny(model)
+def test_what_is_measured_is_the_heads_own():
+    model = tiny("llama")
     plan = suggest_plan(model, BLOCKS, 1.0, context_length=T)
     with torch.no_grad(), record_entropy(model) as recorder:
         model(BLOCKS)
@@ -72,7 +71,7 @@ def test_texts_are_joined_and_cut_into_blocks():
     model, tokenizer = load_tiny_model()
     texts = ["def f(x):\n    return x\n" * 20, "import os\n" * 30]
     plan = suggest_plan(model, texts, 1.0, tokenizer=tokenizer, context_length=64)
-    ids = torch.tensor(sum((tokenizer(text)["input_ids"] for text in texts), []))
+    ids = torch.tensor([token for text in texts for token in tokenizer(text)["input_ids"]])
     assert plan == suggest_plan(model, ids[: len(ids) // 64 * 64].view(-1, 64), 1.0, context_length=64)
     for wrong, words in (
         ({"texts": texts}, "need the model's tokenizer"),
