@@ -67,7 +67,7 @@ def set_up() -> None:
     if "google.colab" in sys.modules:
         from google.colab import output
 
-        output.enable_custom_widget_manager()  # plotly's FigureWidget is one
+        output.enable_custom_widget_manager()  # anywidget's are such
 
 
 if __name__ == "__main__":
