@@ -157,6 +157,9 @@ const handle = (element, label, { get, put, at, step, low, high }) => {
   });
 };
 
+// As Python's keys_worth.
+const worth = (entropy) => `${significant(entropy)} nats, ${significant(Math.exp(entropy))} keys’ worth`;
+
 // `initialize` of the modules. anywidget drops all that comes from Python for good where a module did not start within
 // two seconds, as on a busy page. What was dropped before is asked for again.
 const letChangesIn = async ({ model }) => {

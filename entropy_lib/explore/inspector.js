@@ -53,8 +53,6 @@ const CURVE = { x: 660, y: 44, width: 226, height: 290 };
 const BLUE = [38, 132, 204], BOLD = { style: "font-weight: 600" }, MIDDLE = { "text-anchor": "middle" }, END = { "text-anchor": "end" };
 const shown = (token) => token.replaceAll("\n", "⏎").replaceAll(" ", "·").replaceAll("\t", "→") || "∅";
 const quoted = (token) => `‘${shown(token)}’`;
-// As Python's keys_worth.
-const worth = (entropy) => `${significant(entropy)} nats, ${significant(Math.exp(entropy))} keys’ worth`;
 
 function render({ model, el }) {
   const colors = model.get("colors"), parked = model.get("parked");

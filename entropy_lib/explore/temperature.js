@@ -39,8 +39,6 @@ const X = [430, 840], PANELS = [{ top: 30, bottom: 300 }, { top: 370, bottom: 52
 const NAMES = ["layer", "head", "scope", "row", "single", "temperatures"];
 const BLUE = [38, 132, 204], BOLD = { style: "font-weight: 600" }, MIDDLE = { "text-anchor": "middle" }, END = { "text-anchor": "end" };
 const shown = (token) => token.replaceAll(" ", "·").replaceAll("\n", "⏎") || "·";
-// As Python's keys_worth.
-const worth = (entropy) => `${significant(entropy)} nats, ${significant(Math.exp(entropy))} keys’ worth`;
 
 function render({ model, el }) {
   const [layers, heads, queries, keys] = model.get("shape"), tokens = model.get("tokens"), colors = model.get("colors");

@@ -31,8 +31,8 @@ def llama_weights(model: torch.nn.Module, context_length: int) -> tuple[Architec
         known = type(model)(copy.deepcopy(config)).state_dict().keys()
     if strange := sorted(known ^ model.state_dict().keys()):
         raise ValueError(f"parameters other than the model's own ({strange[0]}, ...): merge adapters into its weights")
-    window = getattr(config, "sliding_window", None)
-    if window and "full_attention" not in set(getattr(config, "layer_types", None) or ()) and context_length > window:
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    if window and context_length > window and (kinds is None or "sliding_attention" in kinds):
         raise ValueError(f"input of {context_length} tokens exceeds the model's sliding window of {window}")
     rotary = model.get_decoder().rotary_emb
     kind = getattr(rotary, "rope_type", "default")

@@ -159,19 +159,20 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
 
     Static heads become T×T matrices. Of a value residual, V + b·V₀, b goes out through W_V and W_O: b·(V/b + V₀).
     """
+    architecture = Architecture.of(model.config)
+    exact = "activation_function" if hasattr(model.config, "activation_function") else "hidden_act"
+    if architecture.activation == "gelu" and getattr(model.config, exact) == "gelu":
+        raise ValueError(
+            "activation 'gelu' is not what the parties compute, which is its tanh form: load the model with "
+            f"{exact}='gelu_new', at most 5e-4 from it"
+        )
     if is_llama(model):
         return llama_weights(model, context_length)
-    architecture = Architecture.of(model.config)
     context_length = architecture.checked_length(context_length)
     if (architecture.layer_norm or architecture.final_layer_norm) and abs(
         model.config.layer_norm_epsilon - 1e-5
     ) > 1e-9:
         raise ValueError(f"layer_norm_epsilon must be 1e-5, got {model.config.layer_norm_epsilon}")
-    if architecture.activation == "gelu" and model.config.activation_function == "gelu":
-        raise ValueError(
-            "activation 'gelu' is not what the parties compute, which is its tanh form: load the model with "
-            "activation_function='gelu_new', at most 5e-4 from it"
-        )
     if isinstance(model, EntropyGPT2LMHeadModel):
         model = fold_for_inference(model)
     elif isinstance(model, GPT2LMHeadModel):

@@ -164,13 +164,42 @@ def test_private_pass_of_a_llama_by_two_processes(private, started):
     [
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary positions"),
         ({"model_type": "mistral", "sliding_window": 4}, "sliding window of 4"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+            "sliding window of 4",  # of the second layer
+        ),
+        ({"hidden_act": "gelu"}, "its tanh form: load the model with hidden_act='gelu_new'"),
     ],
 )
 def test_what_the_parties_cannot_compute_says_so(change, words):
-    make = MistralConfig if change.pop("model_type", "") == "mistral" else LlamaConfig
-    model = AutoModelForCausalLM.from_config(make(**GATED, **change))
+    make = {"mistral": MistralConfig, "qwen2": Qwen2Config}.get(change.get("model_type"), LlamaConfig)
+    model = AutoModelForCausalLM.from_config(
+        make(**GATED, **{name: value for name, value in change.items() if name != "model_type"})
+    )
     with pytest.raises(ValueError, match=words):
         run_two_party(model, torch.arange(T))
+
+
+@pytest.mark.parametrize(
+    ("prices", "whole", "parts", "left"),
+    [
+        ("spu-0.9.5", 27.1, {"silu": 18.0, "bilinear": 0.99, "softmax": 4.6, "rmsnorm": 1.5}, [25.6, 9.7, 22.5, 3.5]),
+        ("optimized", 8.15, {"silu": 2.51, "bilinear": 0.99, "softmax": 2.1, "rmsnorm": 0.62}, [7.5, 6.2, 5.8, 3.2]),
+    ],
+)
+def test_smollm2_costs_what_the_readmes_say(prices, whole, parts, left):
+    """data/private_inference/README.md's table, and README.md's 67%: the first row's 18.0 of 27.1."""
+    sizes = {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+    config = LlamaConfig(**sizes, intermediate_size=1536, vocab_size=49152)
+    unit, sent = unit_prices(prices), Counter()
+    for operation in operations(Architecture.of(config), 128):
+        sent[operation.name] += unit.price(operation, unit.bytes) / 1e9
+    table = savings(config, 128, prices)
+    assert table["GB"].iloc[0] == pytest.approx(whole, abs=0.05)
+    assert {name: sent[name] for name in parts} == pytest.approx(parts, rel=0.02)
+    assert table["GB"].iloc[1:].tolist() == pytest.approx(left, abs=0.05)
+    if prices == "spu-0.9.5":
+        assert f"{sent['silu'] / whole:.0%}" == "67%"
 
 
 def test_savings_are_those_of_the_model_without_it():
