@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
+import io
 import multiprocessing
 import os
 import re
@@ -33,6 +35,9 @@ from papermill.exceptions import PapermillExecutionError
 NOTEBOOKS = Path(__file__).resolve().parent
 ROOT = NOTEBOOKS.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
+FIGURE = "application/vnd.plotly.v1+json"
+WIDTH = 800  # px of a picture; a wider one would be cut off by a cell of JupyterLab on a small screen
+COLOR_ERROR = 8  # of 255: a palette that is further off somewhere would show in a heat map
 # Parameters of the notebooks that train; "smoke" is what they are committed with.
 SCALES = {
     "smoke": {},
@@ -94,6 +99,39 @@ def tidy(notebook):
     return notebook
 
 
+def add_pictures(notebook) -> None:
+    """Give every plotly figure its PNG, for GitHub and exported pages, where plotly does not draw."""
+    import plotly.io as pio  # not needed to run notebooks that have no figures
+
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    outputs = [output for output in outputs if FIGURE in output.get("data", {})]
+    figures = [{part: output.data[FIGURE][part] for part in ("data", "layout")} for output in outputs]
+    if not figures:
+        return
+    heights = [figure["layout"].get("height", 450) for figure in figures]  # plotly's own
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / f"{number}.png" for number in range(len(figures))]
+        pio.write_images(figures, files, width=WIDTH, height=heights)
+        pictures = [with_palette(file.read_bytes()) for file in files]
+    for output, figure, height, picture in zip(outputs, figures, heights, pictures, strict=True):
+        title = re.sub("<[^>]+>", " ", figure["layout"].get("title", {}).get("text", ""))
+        output.data["image/png"] = base64.b64encode(picture).decode()
+        output.metadata = {"image/png": {"width": WIDTH, "height": height, "alt": " ".join(title.split())}}
+
+
+def with_palette(picture: bytes) -> bytes:
+    """The PNG with a palette of 256 colours, a quarter of the bytes; as it is if one colour would be off too much."""
+    from PIL import Image, ImageChops
+
+    full = Image.open(io.BytesIO(picture)).convert("RGB")
+    small = full.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    if max(high for _, high in ImageChops.difference(full, small.convert("RGB")).getextrema()) > COLOR_ERROR:
+        return picture
+    written = io.BytesIO()
+    small.save(written, "PNG", optimize=True)
+    return written.getvalue()
+
+
 def written_to_stderr(notebook) -> str:
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     return "".join(output.text for output in outputs if output.get("name") == "stderr")
@@ -137,7 +175,12 @@ def write_back(path: Path, executed: Path) -> str:
     notebook = nbformat.read(executed, as_version=4)
     if noise := written_to_stderr(notebook):  # readers of the committed notebook would wonder at it
         return f"not written back, since it wrote to stderr:\n{noise}"
-    nbformat.write(tidy(notebook), path)
+    tidy(notebook)
+    try:
+        add_pictures(notebook)
+    except Exception as failure:  # no kaleido, no Pillow, no browser, an old version: each raises something else
+        return f"not written back, since pictures of its figures need Chrome or Chromium, and kaleido:\n{failure}"
+    nbformat.write(notebook, path)
     return ""
 
 

@@ -44,6 +44,14 @@ def test_every_code_cell_was_executed_in_order_and_without_error(notebook):
     assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
 
 
+def test_every_figure_has_its_picture_and_the_words_for_it(notebook):
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    for output in outputs:
+        if "application/vnd.plotly.v1+json" in output.get("data", {}):
+            assert "image/png" in output.data
+            assert output.metadata["image/png"]["alt"]
+
+
 def test_one_parameters_cell_of_plain_assignments(notebook):
     tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     assert len(tagged) == 1
@@ -99,7 +107,7 @@ def make_notebook(folder, name, *sources, parameters="count = 2"):
 def run(*arguments, runner=RUNNER):
     pytest.importorskip("papermill")
     command = [sys.executable, str(runner), *map(str, arguments)]
-    environment = {**os.environ, "BROWSER_PATH": os.devnull}  # no static pictures: each takes a browser
+    environment = {**os.environ, "BROWSER_PATH": os.devnull}  # the same with and without a browser
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
 
@@ -291,11 +299,13 @@ def test_update_writes_back_what_it_can(tmp_path):
     """Nothing after a warning, nothing where it cannot, and the others all the same."""
     path = make_notebook(tmp_path, "a", "import warnings\nwarnings.warn('odd')")
     gone = make_notebook(tmp_path, "gone", "import os\nos.remove('gone.ipynb')\nos.mkdir('gone.ipynb')")
+    drawn = make_notebook(tmp_path, "drawn", "import plotly.graph_objects as go", "go.Figure().show('plotly_mimetype')")
     good = make_notebook(tmp_path, "good", "assert count")
     before = Path(path).read_text()
-    result = run(path, gone, good, "--output", tmp_path / "out", "--update")
+    result = run(path, gone, drawn, good, "--output", tmp_path / "out", "--update")
     assert result.returncode == 1, result.stderr
-    assert [line.split()[1] for line in result.stdout.splitlines()[-3:]] == ["FAILED", "FAILED", "ok"]
+    assert [line.split()[1] for line in result.stdout.splitlines()[-4:]] == ["FAILED", "FAILED", "FAILED", "ok"]
+    assert "pictures of its figures need Chrome or Chromium" in result.stdout
     assert "UserWarning: odd" in result.stdout
     assert "gone.ipynb, IsADirectoryError" in result.stdout
     assert Path(path).read_text() == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from entropy_lib.explore.figures import GRID, INK, VARIANT_COLORS, go, laid_out, moved_apart, significant, themed
+from entropy_lib.explore.figures import GRID, INK, VARIANT_COLORS, go, laid_out, moved_apart, significant
 
 PART_COLORS = {  # nonlinear operations in colour, linear ones in greys
     "softmax": "#0072B2",
@@ -45,7 +45,7 @@ def part_bars(
         place = {"x": ahead, "y": row, "xanchor": "left", "xshift": 6, "showarrow": False}
         figure.add_annotation(text=f"{total:,.0f}" if total >= 100 else f"{total:.3g}", **place)
     if marks:
-        cross = {"symbol": "x", "size": 8, "color": themed(INK), "line": {"color": "white", "width": 1}}
+        cross = {"symbol": "x", "size": 8, "color": INK, "line": {"color": "white", "width": 1}}
         where = {"x": significant(list(marks.values())), "y": list(marks)}
         figure.add_scatter(**where, mode="markers", marker=cross, name="printed in the paper")
     legend = {"x": 1, "y": 0, "xanchor": "right", "yanchor": "bottom", "traceorder": "normal"}  # under the long bars
@@ -81,7 +81,7 @@ def quality_against_cost(
     heights = moved_apart([loss * scale for loss in losses], gap=18)
     bottom = min(low - room, (min(heights) - 12) / scale)  # a name that was moved down stays inside
     for (name, (cost, loss)), at in zip(points.items(), heights, strict=True):
-        color = themed(VARIANT_COLORS.get(name, INK))
+        color = VARIANT_COLORS.get(name, INK)
         dot = {"mode": "markers", "marker": {"size": 11, "color": color}, "name": name, "showlegend": False}
         hover = f"{name}: %{{x:.3g}}, perplexity %{{y:.3g}}<extra></extra>"
         if (half := (spread or {}).get(name, 0)) > 0:

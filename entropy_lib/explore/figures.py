@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import sys
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from itertools import pairwise
-from pathlib import Path
 
 try:
     import plotly.graph_objects as go
@@ -18,51 +16,45 @@ try:
 except ImportError as error:
     raise ImportError("entropy_lib.explore draws with plotly: pip install 'entropy_lib[notebooks]'") from error
 
-from entropy_lib.clone import CLONE
-from entropy_lib.explore.static_picture import HEIGHT, WIDTH, png
-
+HEIGHT = 420  # px, of a figure that needs no more
 COLLAPSE, OVERLOAD, HEALTHY, INK, GRID = "#3B6FB6", "#C8553D", "#8A9099", "#2B2F36", "#E6E8EC"
-DARK_INK, DARK_GRID = "#A4AAB3", "rgba(140,146,156,0.25)"
-MID_INK = "#757B85"  # 4.2 to 1 on white and 4.5 to 1 on JupyterLab's dark page
 IN_NATS = {"text": "nats", "side": "top", "font": {"size": 13}}  # title of a colour bar
 
-# Okabe-Ito without its yellow, which vanishes on white; the first four, indigo, olive and wine are Tol's, and there
-# are a grey and a brown.
+# Okabe-Ito without its yellow, which vanishes on white; the first four and olive are Tol's, indigo and wine are his but
+# light enough for a dark page, and there are a grey and a brown.
 # fmt: off
 VARIANT_COLORS = {
     "SM(3)+LN(a)+R+V": "#4477AA", "R2(0,0,1)+LN(a)+R(2d)+V": "#117733", "SM(1)+LN(a)+R+V": "#44AA99",
     "SM(2)+LN(a)+R+V": "#AA4499",
-    "SM+LN+G": "#000000", "SM+LN+R": "#332288", "SM+LN": "#56B4E9", "SM+G": "#E69F00", "SM+R": "#999933",
-    "SM": "#8A9099", "SM+WNorm": "#882255", "SM+SNorm": "#8C6D46", "SM+ScFFN": "#CC79A7", "SM+ScFuFFN": "#009E73",
+    "SM+LN+G": "#000000", "SM+LN+R": "#6F55C0", "SM+LN": "#56B4E9", "SM+G": "#E69F00", "SM+R": "#999933",
+    "SM": "#8A9099", "SM+WNorm": "#B03A6B", "SM+SNorm": "#8C6D46", "SM+ScFFN": "#CC79A7", "SM+ScFuFFN": "#009E73",
     "SM(t)+ScFuFFN": "#0072B2", "EReg(SM(t)+ScFuFFN)": "#D55E00",
 }
 # fmt: on
 PALETTE = list(VARIANT_COLORS.values())[::-1]  # for other lines, the strongest first
 BANDS = {"below ¼ of the maximum": COLLAPSE, "¼ to ½": "#C3C8CF", "½ to ¾": "#9AA1AB", "¾ and above": OVERLOAD}
 FEW_POINTS = 15  # of a curve
-FIGURE_FOLDER = (CLONE or Path.cwd()) / "build" / "figures"
 _AXIS_TITLES = {"step": "training step", "tokens": "tokens seen", "loss": "loss (nats per token)"}
 
 
-def register_template(dark: bool = False) -> None:
-    """Make "entropy" plotly's default template, or "entropy_dark" (transparent), also for figures of one's own.
+def register_template() -> None:
+    """Make "entropy" plotly's default template, also for figures of one's own.
 
     Without this call plotly's default stays, and the companion's figures name "entropy".
     """
-    pio.templates.default = "entropy_dark" if dark else "entropy"
+    pio.templates.default = "entropy"
 
 
-def _make_templates() -> None:
-    paints = {"entropy": (INK, GRID, "white"), "entropy_dark": (DARK_INK, DARK_GRID, "rgba(0,0,0,0)")}
-    for name, (ink, grid, paper) in paints.items():
-        base = pio.templates["simple_white"].layout  # only these: the rest would travel with every figure
-        template = go.layout.Template(layout={key: base[key] for key in ("xaxis", "yaxis", "annotationdefaults")})
-        font = {"family": "Inter, Helvetica, Arial, sans-serif", "size": 13, "color": ink}
-        axis = {"gridcolor": grid, "showgrid": True, "linecolor": ink, "tickcolor": ink, "title": {"font": font}}
-        title = {"font": {"size": 15}, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"l": 12, "t": 12}}
-        template.layout.update(font=font, title=title, paper_bgcolor=paper, plot_bgcolor=paper, xaxis=axis, yaxis=axis)
-        template.layout.modebar.remove = ["select2d", "lasso2d", "autoScale2d"]
-        pio.templates[name] = template
+def _make_template() -> go.layout.Template:
+    base = pio.templates["simple_white"].layout  # only these: the rest would travel with every figure
+    template = go.layout.Template(layout={key: base[key] for key in ("xaxis", "yaxis", "annotationdefaults")})
+    font = {"family": "Inter, Helvetica, Arial, sans-serif", "size": 13, "color": INK}
+    axis = {"gridcolor": GRID, "showgrid": True, "linecolor": INK, "tickcolor": INK, "title": {"font": font}}
+    title = {"font": {"size": 15}, "x": 0, "xanchor": "left", "y": 1, "yanchor": "top", "pad": {"l": 12, "t": 12}}
+    paper = {"paper_bgcolor": "white", "plot_bgcolor": "white"}
+    template.layout.update(font=font, title=title, xaxis=axis, yaxis=axis, **paper)
+    template.layout.modebar.remove = ["select2d", "lasso2d", "autoScale2d"]
+    return template
 
 
 def lines(
@@ -90,7 +82,7 @@ def lines(
     ends = []
     for index, (name, pairs) in enumerate(points.items()):
         x, y = zip(*pairs, strict=True)
-        color = themed(colors.get(name, PALETTE[index % len(PALETTE)]))
+        color = colors.get(name, PALETTE[index % len(PALETTE)])
         few = len(x) <= FEW_POINTS  # a line between two of them is no measurement: show where they are
         style = {"mode": "lines+markers" if few else "lines", "line": {"color": color, "width": 2}}
         figure.add_scatter(x=x, y=y, name=name, marker={"size": 5}, **style)
@@ -230,7 +222,7 @@ def penalty_curve(entropy, penalty, gradient, *, threshold: float, margin: float
     """The penalty of Algorithm 1 and its slope at head entropies [n]; θ and γ (`margin`) are fractions of E_max."""
     figure = make_subplots(1, 2, horizontal_spacing=0.11)
     for column, values, label in ((1, penalty, "penalty (nats²)"), (2, gradient, "d penalty / dE (nats)")):
-        cell, line = {"row": 1, "col": column}, {"color": themed(INK), "width": 2}
+        cell, line = {"row": 1, "col": column}, {"color": INK, "width": 2}
         figure.add_scatter(
             x=significant(entropy), y=significant(values), mode="lines", line=line, showlegend=False, **cell
         )
@@ -257,34 +249,10 @@ def ceilings_by_row(ceilings, *, lower: float, upper: float, context_ceiling: fl
 
 
 def show(figure: go.Figure, name: str | None = None) -> None:
-    """Display a figure in a notebook; with `name` also save it under build/figures.
-
-    The output holds the live figure and, where kaleido finds a browser, its picture for readers without a kernel.
-    """
-    picture = png(figure)
-    if name:
-        save(figure, FIGURE_FOLDER, name, picture)
-    if "google.colab" in sys.modules:  # does not know the plotly mimetype
-        figure.show(renderer="colab")
-    elif "IPython" in sys.modules:
-        from IPython.display import display
-
-        words = (figure.layout.title.text or "").replace("<br>", " ").replace("<b>", "").replace("</b>", "")
-        bundle = {"application/vnd.plotly.v1+json": figure.to_plotly_json(), "text/plain": f"Figure: {words}"}
-        if picture:
-            bundle["image/png"] = base64.b64encode(picture).decode()
-        image = {"width": WIDTH, "height": figure.layout.height or HEIGHT, "alt": words}
-        display(bundle, metadata={"image/png": image} if picture else {}, raw=True)
-
-
-def save(figure: go.Figure, folder: str | Path, name: str, picture: bytes | None = None) -> Path:
-    """Write folder/name.html (plotly.js once a folder, works offline) and, if a browser is found, folder/name.png."""
-    page = Path(folder) / f"{name}.html"
-    page.parent.mkdir(parents=True, exist_ok=True)
-    figure.write_html(page, include_plotlyjs="directory", div_id=name)
-    if picture := picture or png(figure):
-        page.with_suffix(".png").write_bytes(picture)
-    return page
+    """Display a figure in a notebook, where its camera button saves it as `name`.png; nothing outside of one."""
+    if "IPython" in sys.modules:
+        renderer = "colab" if "google.colab" in sys.modules else "plotly_mimetype"  # which Colab does not know
+        figure.show(renderer=renderer, config={"toImageButtonOptions": {"filename": name}} if name else {})
 
 
 def significant(values) -> list:
@@ -301,35 +269,18 @@ def _nested(array, dims: int) -> list:
     return [_nested(row, dims - 1) for row in array] if dims else array
 
 
-def legible(color: str) -> str:
-    """A colour #rrggbb that can be seen on a dark page too: a dark one is mixed with white, black becomes the ink."""
-    if color in (INK, "#000000"):
-        return MID_INK
-    rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-    while _luminance(rgb) < 0.117:  # contrast of 3 to 1 with JupyterLab's dark page, #111111
-        rgb = [channel + (255 - channel) * 0.05 for channel in rgb]
-    return "#" + "".join(f"{round(channel):02X}" for channel in rgb)
-
-
-def _luminance(rgb: Sequence[float]) -> float:
-    """Relative luminance of sRGB 0..255, as WCAG 2 defines it."""
-    linear = [c / 12.92 if (c := channel / 255) <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for channel in rgb]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def themed(color: str) -> str:
-    """The colour, or light ink for black and dark ink where the dark template is the default."""
-    return DARK_INK if pio.templates.default == "entropy_dark" and color in (INK, "#000000") else color
+def page_color(color: str) -> str:
+    """A variant's colour in a page that may be dark: black is the page's own ink, all others show on both."""
+    return "currentColor" if color in (INK, "#000000") else color
 
 
 def laid_out(figure: go.Figure, title: str, height: int, right: float = 24, extra_top: int = 0) -> go.Figure:
     """Template, bold title wrapped to the width, height and margins. The template is named, not left to a default."""
     words = textwrap.wrap(title, 90)
     margin = {"l": 64, "r": right, "t": 24 + 20 * len(words) + extra_top, "b": 56}
-    template = "entropy_dark" if pio.templates.default == "entropy_dark" else "entropy"
     text = "<br>".join(f"<b>{line}</b>" for line in words)
     pad = {"l": 12, "t": 12 + 10 * max(len(words) - 1, 0)}  # plotly centres a title of two lines where one would stand
-    return figure.update_layout(template=template, title={"text": text, "pad": pad}, height=height, margin=margin)
+    return figure.update_layout(template="entropy", title={"text": text, "pad": pad}, height=height, margin=margin)
 
 
 def mark_place(figure: go.Figure, axis: str, start: float, label: str, end=None, color=None, beside=False, **cell):
@@ -337,7 +288,7 @@ def mark_place(figure: go.Figure, axis: str, start: float, label: str, end=None,
     other, stop = "x" if axis == "y" else "y", start if end is None else end
     span = {f"{axis}0": start, f"{axis}1": stop, f"{other}0": 0, f"{other}1": 1, f"{other}ref": f"{other} domain"}
     if end is None:
-        style = {"color": themed(INK), "width": 1, "dash": "dash" if axis == "y" else "dot"}
+        style = {"color": INK, "width": 1, "dash": "dash" if axis == "y" else "dot"}
         span |= {"type": "line", "line": style, "opacity": 0.5}
         exponent = axis == "x" and figure.layout.xaxis.type == "log"  # what annotations want there, unlike shapes
         at = {axis: math.log10(start) if exponent else start, other: 1, "xshift": 4 if axis == "x" else 0}
@@ -363,4 +314,4 @@ def moved_apart(positions: list[float], gap: float) -> list[float]:
     return spread
 
 
-_make_templates()
+pio.templates["entropy"] = _make_template()

@@ -14,7 +14,7 @@ from plotly.colors import sample_colorscale
 from traitlets import Bool, Dict, Enum, Float, Int, List, TraitError, Unicode, validate
 
 from entropy_lib.entropy import diagnose
-from entropy_lib.explore.figures import VARIANT_COLORS, legible, loss_curves
+from entropy_lib.explore.figures import VARIANT_COLORS, loss_curves, page_color
 from entropy_lib.explore.live_training import LiveRun
 from entropy_lib.explore.module import ModuleExplorer, module_source
 from entropy_lib.modeling import MODEL_SIZES
@@ -259,7 +259,7 @@ class TrainingPlayground(ModuleExplorer):
             "number": run.number,
             "name": run.name,
             "variant": run.variant,
-            "color": "currentColor" if color == "#000000" else legible(color),
+            "color": page_color(color),
             "dash": DASHES[(run.number - 1) % MAX_RUNS],
             "state": run.state,
             "step": run.step,

@@ -14,7 +14,7 @@ from traitlets import Dict, Enum, Int, List, TraitError, Unicode, observe, valid
 
 from entropy_lib.clone import CLONE
 from entropy_lib.entropy import diagnose, entropy_bands, head_entropies
-from entropy_lib.explore.figures import BANDS, INK, VARIANT_COLORS, entropy_heatmaps, legible
+from entropy_lib.explore.figures import BANDS, INK, VARIANT_COLORS, entropy_heatmaps, page_color
 from entropy_lib.explore.module import ModuleExplorer, module_source
 from entropy_lib.training.records import RunRecord, load_runs
 
@@ -184,7 +184,7 @@ def masked_mean(values: np.ndarray) -> np.ndarray:
 
 
 def _named(record: RunRecord) -> dict:
-    color = legible(VARIANT_COLORS.get(record.variant, INK))
+    color = page_color(VARIANT_COLORS.get(record.variant, INK))
     return {"name": run_name(record), "group": folder_of(record), "variant": record.variant, "color": color}
 
 

@@ -20,7 +20,6 @@ from entropy_lib.explore.figures import (
     make_subplots,
     mark_place,
     significant,
-    themed,
 )
 
 CLOSE = 10  # points, of per cents: a gap that is further from the paper's is called off in the title
@@ -46,14 +45,14 @@ def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str =
     for index, (name, shape) in enumerate((("printed in the paper", "circle-open"), ("recorded here", "circle"))):
         rows = [row for row, pair in places.items() if math.isfinite(pair[index])]
         values = [gaps[row][index] for row in rows]
-        color = [themed(HEALTHY if index == 0 else VARIANT_COLORS.get(row.partition(",")[0], INK)) for row in rows]
+        color = [HEALTHY if index == 0 else VARIANT_COLORS.get(row.partition(",")[0], INK) for row in rows]
         look = {"color": color, "size": 13 - 4 * index, "line": {"width": 2, "color": color}}
         look["symbol"] = ["x" + shape.removeprefix("circle") if value == math.inf else shape for value in values]
         words = ["collapsed" if value == math.inf else f"{100 * value:+.1f}%" for value in values]
         hover = "%{y}: %{text}<extra>" + name + "</extra>"
         at = {"x": [places[row][index] for row in rows], "y": rows, "text": words}
         figure.add_scatter(**at, mode="markers", marker=look, name=name, hovertemplate=hover, showlegend=False)
-        sample = {"symbol": shape, "size": 11, "color": HEALTHY if index == 0 else themed(INK)}
+        sample = {"symbol": shape, "size": 11, "color": HEALTHY if index == 0 else INK}
         figure.add_scatter(x=[None], y=[None], mode="markers", marker=sample, name=name)
     if anything_collapsed:
         label = {"x": edge, "y": 1, "yref": "paper", "yanchor": "bottom", "showarrow": False}
@@ -62,9 +61,7 @@ def gap_dots(gaps: Mapping[str, tuple[float, float]], title: str, x_title: str =
     legend = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom"}
     figure.update_layout(legend=legend)
     end = edge + 0.05 * (high - low) if anything_collapsed else high
-    figure.update_xaxes(
-        title_text=x_title, range=[low - 0.02 * (high - low), end], zeroline=True, zerolinecolor=themed(INK)
-    )
+    figure.update_xaxes(title_text=x_title, range=[low - 0.02 * (high - low), end], zeroline=True, zerolinecolor=INK)
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 10**9) if (high - low) / step <= 8)
     ticks = [step * n for n in range(math.ceil(low / step), math.floor(high / step) + 1)]  # none where ✕ stands
     figure.update_xaxes(tickvals=ticks)

@@ -59,7 +59,6 @@ def server(playwright_and_chromium, tmp_path_factory):
         "IPYTHONDIR": "ipython",
     }  # fmt: skip
     environment = {**os.environ, **{name: str(home / folder) for name, folder in folders.items()}}
-    environment["BROWSER_PATH"] = os.devnull  # no static pictures: each takes another browser
     environment |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
     command += [f"--ServerApp.root_dir={home / 'notebooks'}", "--LabApp.expose_app_in_browser=True"]
