@@ -55,15 +55,14 @@ function render({ model, el }) {
   text(RIGHT + 8, RATE.top + 4, highest.toExponential(0));
   for (let s = 0; s <= last; s += last > 150 ? 50 : 10) if (s) text(x(s), HEIGHT - 12, s, { "text-anchor": "middle" });
   text(RIGHT + 8, HEIGHT - 12, "step");
-  const ink = (color) => (color === "#000000" ? "currentColor" : color);
   const place = runs.map((run) => Math.min(top, run.loss.at(-1) ?? top)).map(y);
   const order = [...place.keys()].sort((a, b) => place[a] - place[b]);
   order.forEach((r, k) => k && (place[r] = Math.max(place[r], place[order[k - 1]] + 15))); // names beside, not over another
   runs.forEach((run, r) => {
     const points = run.steps.map((s, k) => [x(s), y(Math.min(top, run.loss[k] ?? top))]);
-    svg.append(make("path", { d: path(points), fill: "none", stroke: ink(run.color), "stroke-width": 2 }));
-    text(RIGHT + 8, place[r] + 4, run.name, { style: `fill: ${ink(run.color)}; font-size: 12px` });
-    if (run.broke !== null) text(x(run.broke), y(top) + 5, "✕", { "text-anchor": "middle", style: `fill: ${ink(run.color)}` });
+    svg.append(make("path", { d: path(points), fill: "none", stroke: run.color, "stroke-width": 2 }));
+    text(RIGHT + 8, place[r] + 4, run.name, { style: `fill: ${run.color}; font-size: 12px` });
+    if (run.broke !== null) text(x(run.broke), y(top) + 5, "✕", { "text-anchor": "middle", style: `fill: ${run.color}` });
   });
   const cursor = svg.appendChild(make("line", { y1: LOSS.top - 6, y2: RATE.bottom, stroke: "currentColor", "stroke-dasharray": "3 3" }));
 
@@ -122,6 +121,10 @@ function render({ model, el }) {
   );
   model.on("change:step", queue);
   draw();
+  if (model.get("opens_page")) {
+    setTimeout(() => el.scrollIntoView({ block: "center", behavior: "smooth" }), 500); // after all cells have come
+    model.set("opens_page", false); // once, not with every view
+  }
   return stop;
 }
 

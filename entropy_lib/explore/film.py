@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from plotly.colors import sample_colorscale
-from traitlets import Dict, Float, Int, List, Unicode
+from traitlets import Bool, Dict, Float, Int, List, Unicode
 
-from entropy_lib.explore.figures import INK, OVERLOAD, PALETTE, VARIANT_COLORS, entropy_heatmaps
+from entropy_lib.explore.figures import INK, OVERLOAD, PALETTE, VARIANT_COLORS, entropy_heatmaps, page_color
 from entropy_lib.explore.module import ModuleExplorer, module_source
 from entropy_lib.training.records import RunRecord
 
 LEVELS = 255  # of an entropy's share of log T, one byte a head and step
 
 
-def collapse_film(records: Iterable[RunRecord], last_step: int | None = None) -> CollapseFilm:
+def collapse_film(records: Iterable[RunRecord], last_step: int | None = None, opens_page: bool = False) -> CollapseFilm:
     """Entropy maps of one to six runs, with their losses and the learning rate, step by step from 1 to `last_step`.
 
     For runs that recorded every step (`Recipe.entropy_every` = 1, `python notebooks/paper experiments collapse`); where
     one did not, the last recorded step stands. A run that breaks stays as it was. The learning rate is the first run's.
+    With `opens_page` its first drawing scrolls the notebook to it, where "Run All" would leave the reader at the end.
     Raises ValueError for no run or more than six, for runs of different context lengths and static heads.
     """
     records = list(records)
@@ -34,11 +35,11 @@ def collapse_film(records: Iterable[RunRecord], last_step: int | None = None) ->
         raise ValueError(f"expected one to six runs, got {len(records)}")
     if len(lengths := {record.context_length for record in records}) > 1:
         raise ValueError(f"entropies of different context lengths have different ceilings: {sorted(lengths)}")
-    film = CollapseFilm(ceiling=math.log(lengths.pop()))
+    film = CollapseFilm(ceiling=math.log(lengths.pop()), opens_page=opens_page)
     film.records = records
-    film.runs = [film.run(record, last_step) for record in records]
-    for run, color in zip(film.runs, PALETTE, strict=False):
-        run["color"] = VARIANT_COLORS.get(run["name"], color)
+    runs = [film.run(record, last_step) for record in records]
+    colors = [VARIANT_COLORS.get(run["name"], color) for run, color in zip(runs, PALETTE, strict=False)]
+    film.runs = [run | {"color": page_color(color)} for run, color in zip(runs, colors, strict=True)]
     film.last_step = max(run["steps"][-1] for run in film.runs)
     rates = records[0].history[["step", "learning_rate"]].to_numpy()
     film.learning_rate = rates[rates[:, 0] <= film.last_step].tolist()
@@ -54,6 +55,7 @@ class CollapseFilm(ModuleExplorer):
 
     _esm = module_source("film")
     step = Int(1, min=1).tag(sync=True, state=True)
+    opens_page = Bool(False).tag(sync=True)  # with a kernel only: a page that is opened is at its top
     last_step = Int(1).tag(sync=True, state=True)
     runs = List(Dict()).tag(sync=True, state=True)
     ceiling = Float().tag(sync=True, state=True)
