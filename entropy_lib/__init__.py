@@ -6,6 +6,7 @@ The core (entropy, regularisation, attention, models) needs torch and transforme
 
 from importlib import import_module
 
+from entropy_lib import modeling_llama  # noqa: F401, so that AutoModelForCausalLM knows its models
 from entropy_lib.attention import entropy_attention, entropy_of_attention
 from entropy_lib.entropy import attention_entropy, diagnose, entropy_bands, entropy_from_logits, max_entropy
 from entropy_lib.folding import fold_for_inference
@@ -22,6 +23,8 @@ _OPTIONAL = {
     "train_variant": "entropy_lib.training.train",
     "RunRecord": "entropy_lib.training.records",
     "inference_cost": "entropy_lib.private_inference.costs",
+    "suggest_plan": "entropy_lib.private_inference.plan",
+    "convert_for_private_inference": "entropy_lib.private_inference.convert",
     "run_two_party": "entropy_lib.private_inference.two_party",
 }
 

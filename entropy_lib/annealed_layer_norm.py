@@ -22,6 +22,9 @@ class AnnealedLayerNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self._make_buffers()
+
+    def _make_buffers(self) -> None:
         for name in ("blend", "log_scale", "seen"):  # [1]: compiled code loses what is added to a float64 scalar
             self.register_buffer(name, torch.zeros(1))
         # of the passes since `anneal`: sum of their means of log(1/std), and how many (checkpointing counts all twice)
@@ -32,17 +35,20 @@ class AnnealedLayerNorm(nn.Module):
         """[..., d] -> the same, and the penalty, a scalar."""
         with torch.autocast(x.device.type, enabled=False):
             wide = x if x.dtype == torch.float64 else x.float()
-            centred = wide - wide.mean(-1, keepdim=True)
-            inverse_std = torch.rsqrt(centred.square().mean(-1, keepdim=True) + self.eps)
-            log_inverse = inverse_std.log()
-            of_batch = log_inverse.detach().mean()
-            if self.training:
-                self._log_sum.add_(of_batch)
-                self._passes.add_(1)
-            log_scale = torch.where(self.seen > 0, self.log_scale, of_batch)
-            penalty = (log_inverse - log_scale).square().mean()
-            scale = (1 - self.blend) * inverse_std + self.blend * log_scale.exp()
-            return (centred * scale * self.weight + self.bias).to(x.dtype), penalty
+            scaled, penalty = self._scaled(wide - wide.mean(-1, keepdim=True))
+            return (scaled * self.weight + self.bias).to(x.dtype), penalty
+
+    def _scaled(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x·((1−A)/rms(x) + A·k), and the penalty."""
+        inverse = torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        log_inverse = inverse.log()
+        of_batch = log_inverse.detach().mean()
+        if self.training:
+            self._log_sum.add_(of_batch)
+            self._passes.add_(1)
+        log_scale = torch.where(self.seen > 0, self.log_scale, of_batch)
+        penalty = (log_inverse - log_scale).square().mean()
+        return x * ((1 - self.blend) * inverse + self.blend * log_scale.exp()), penalty
 
     @torch.no_grad()
     def anneal(self, blend: float) -> None:
@@ -68,3 +74,32 @@ class AnnealedLayerNorm(nn.Module):
             raise ValueError(f"a LayerNorm at blend {float(self.blend):g} is not linear yet: train it to the end")
         scaled = (self.log_scale.exp() * self.weight)[:, None] * weight
         return scaled - scaled.mean(0, keepdim=True), bias + self.bias @ weight
+
+
+class AnnealedRMSNorm(AnnealedLayerNorm):
+    """The same of Llama's RMSNorm: w ⊙ x·((1−A)/rms(x) + A·k), or with `one_plus`, as in Gemma, 1 + w for w.
+
+    `penalty` is the last pass's, with its graph, since a stock layer has no place for a second output.
+    """
+
+    def __init__(self, width: int, eps: float, one_plus: bool = False):
+        nn.Module.__init__(self)
+        self.eps, self.one_plus = eps, one_plus
+        self.weight = nn.Parameter(torch.zeros(width) if one_plus else torch.ones(width))
+        self._make_buffers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d] -> the same."""
+        with torch.autocast(x.device.type, enabled=False):
+            scaled, self.penalty = self._scaled(x if x.dtype == torch.float64 else x.float())
+            return (scaled * self.gain).to(x.dtype)
+
+    @property
+    def gain(self) -> Tensor:
+        return 1 + self.weight if self.one_plus else self.weight
+
+    def constant(self) -> Tensor:
+        """k·w [d], what is left of the norm. Raises ValueError if A is not 1."""
+        if self.blend != 1:
+            raise ValueError(f"an RMSNorm at blend {float(self.blend):g} is not linear yet: train it to the end")
+        return self.log_scale.exp() * self.gain

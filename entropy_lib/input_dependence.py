@@ -1,6 +1,8 @@
-"""How much attention depends on the input, beside how wide it is: two numbers a head from one pass over texts."""
+"""How wide attention is, how much it depends on the input, and how far back it looks: of each head, over texts."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,20 +11,29 @@ from transformers import PreTrainedModel
 from entropy_lib.entropy import attention_entropy
 
 
+class HeadStatistics(NamedTuple):
+    """Of the softmax heads by layer: `entropy` and `dependence` [L][h] in nats, `by_distance` [L] of [h, T].
+
+    See `input_dependence`. `by_distance` at d is the mean weight of the key d tokens back, over queries that have one.
+    """
+
+    entropy: list[list[float]]
+    dependence: list[list[float]]
+    by_distance: list[Tensor]
+
+
 def input_dependence(model: PreTrainedModel, blocks: Tensor, batch: int = 32) -> list[list[float]]:
     """How much each softmax head's attention depends on the input, in nats: [L][heads], 0 for a static pattern.
 
     The mean over blocks [N, T] and positions of KL(row ‖ the head's mean row at its position), which is
     H(mean row) - mean H(row): what the input tells about where the head looks.
     """
-    return entropy_and_dependence(model, blocks, batch)[1]
+    return head_statistics(model, blocks, batch).dependence
 
 
 @torch.no_grad()
-def entropy_and_dependence(
-    model: PreTrainedModel, blocks: Tensor, batch: int = 32
-) -> tuple[list[list[float]], list[list[float]]]:
-    """(mean entropy, `input_dependence`) of each softmax head of a decoder on blocks [N, T], [L][heads] in nats.
+def head_statistics(model: PreTrainedModel, blocks: Tensor, batch: int = 32) -> HeadStatistics:
+    """`HeadStatistics` of a decoder on blocks [N, T].
 
     The model stays in its mode, training or evaluation, and keeps its attention implementation.
     """
@@ -37,9 +48,16 @@ def entropy_and_dependence(
             sums = found if sums is None else [(s + t, e + f) for (s, e), (t, f) in zip(sums, found, strict=True)]
     finally:
         model.set_attn_implementation(before)
-    means = [(total / len(blocks), entropy / len(blocks)) for total, entropy in sums or []]
-    numbers = [(entropy.mean(-1), (attention_entropy(rows) - entropy).mean(-1)) for rows, entropy in means]
-    heads = model.config.entropy_heads() if hasattr(model.config, "entropy_heads") else [1] * len(numbers)
-    of_layers = iter(numbers)
-    both = [next(of_layers) if count else (torch.zeros(0),) * 2 for count in heads]
-    return [entropy.tolist() for entropy, _ in both], [dependence.tolist() for _, dependence in both]
+    found = [_of_means(total / len(blocks), entropy / len(blocks)) for total, entropy in sums or []]
+    heads = model.config.entropy_heads() if hasattr(model.config, "entropy_heads") else [1] * len(found)
+    of_layers = iter(found)
+    none = torch.zeros(0), torch.zeros(0), torch.zeros(0, blocks.shape[1])
+    entropy, dependence, by_distance = zip(*(next(of_layers) if count else none for count in heads), strict=True)
+    return HeadStatistics([e.tolist() for e in entropy], [d.tolist() for d in dependence], list(by_distance))
+
+
+def _of_means(rows: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean rows [h, T, T] and mean entropies of rows [h, T] -> entropy [h], dependence [h], by distance [h, T]."""
+    by_distance = [rows.diagonal(-distance, -2, -1).mean(-1) for distance in range(rows.shape[-1])]
+    dependence = (attention_entropy(rows) - entropy).mean(-1)
+    return entropy.mean(-1), dependence, torch.stack(by_distance, -1).float().cpu()

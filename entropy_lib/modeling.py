@@ -28,14 +28,22 @@ from entropy_lib.variants import ATTENTIONS, NORM_PLACEMENTS, Variant, get_varia
 from entropy_lib.weight_normalization import iterate_spectral_norms, normalize_weights
 
 # Saved beside a model: what its config's auto_map names, for processes that have not imported entropy_lib.
-LOADER_NAME = "modeling_entropy_gpt2"
 LOADER = '''"""This model's classes, for from_pretrained(..., trust_remote_code=True)."""
 
 try:
-    from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel  # noqa: F401
+    from {module} import {config}, {model}  # noqa: F401
 except ModuleNotFoundError as error:
     raise ImportError("this model's classes are those of entropy_lib: install it, then load the model again") from error
 '''
+
+
+def save_loader(folder, module: str, config: str, model: str) -> dict[str, str]:
+    """Write that file for classes of `module` into the folder; returns the auto_map."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    name = "modeling_" + config.removesuffix("Config").replace("Entropy", "entropy_").lower()
+    text = LOADER.format(module=module, config=config, model=model)
+    (Path(folder) / f"{name}.py").write_text(text, encoding="utf-8")
+    return {"AutoConfig": f"{name}.{config}", "AutoModelForCausalLM": f"{name}.{model}"}
 
 
 class EntropyGPT2Config(GPT2Config):
@@ -128,10 +136,10 @@ class EntropyGPT2Config(GPT2Config):
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """As transformers', and a file beside it with which `trust_remote_code=True` finds the classes."""
-        names = {"AutoConfig": "EntropyGPT2Config", "AutoModelForCausalLM": "EntropyGPT2LMHeadModel"}
-        self.auto_map = {auto: f"{LOADER_NAME}.{name}" for auto, name in names.items()}
+        self.auto_map = save_loader(
+            save_directory, "entropy_lib.modeling", "EntropyGPT2Config", "EntropyGPT2LMHeadModel"
+        )
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
-        (Path(save_directory) / f"{LOADER_NAME}.py").write_text(LOADER, encoding="utf-8")
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoConfig") -> None:

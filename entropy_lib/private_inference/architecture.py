@@ -171,6 +171,7 @@ class Architecture:
         activation = activation or get("hidden_act")  # of Gemma, whose first may be None
         if unpriced := [what for name, what in _UNPRICED.items() if get(name)]:
             raise ValueError(f"a model of type {kind!r} computes {unpriced[0]}, which has no price")
+        kind = kind if kind in MODEL_TYPES else kind.removeprefix("entropy_")  # of `modeling_llama`
         if kind not in MODEL_TYPES:
             raise ValueError(
                 f"a model of type {kind!r} with {activation!r} is not supported: known are the operations of "
@@ -181,7 +182,7 @@ class Architecture:
         width, heads = get("hidden_size"), get("num_attention_heads")
         inner = None if fused else get("n_inner", "ffn_dim", "intermediate_size")
         llama = kind in LLAMA_TYPES
-        layer_norm = get("layer_norm", default=True)
+        layer_norm, annealed = get("layer_norm", default=True), get("annealed_layer_norm", default=False)
         odd = {
             "cross-attention": (bool(get("add_cross_attention", default=False)), False),
             "attention scaled by layer": (bool(get("scale_attn_by_inverse_layer_idx", default=False)), False),
@@ -197,13 +198,14 @@ class Architecture:
                 raise ValueError(f"not supported: {name} {seen}; it must be {wanted}")
         return cls(
             layers=get("num_hidden_layers"), heads=heads, width=width, vocabulary=get("vocab_size"),
-            layer_norm=layer_norm and not get("annealed_layer_norm", default=False),
+            layer_norm=layer_norm and not annealed,
             final_layer_norm=layer_norm and get("final_layer_norm", default=True), ffn_width=inner,
             activation=_NAMES[activation], attention=_ATTENTIONS[get("attention", default="softmax")], fused=fused,
             dynamic_heads=get("dynamic_heads"), value_residual=get("value_residual", default=False),
             scaled=get("ffn_scaling", default=False), tempered=get("learnable_temperature", default=False),
             positions=get("max_position_embeddings"), norm="rmsnorm" if llama else "layernorm", gated=llama,
-            key_value_heads=get("num_key_value_heads"), head_size=get("head_dim"), query_key_norm=kind == "qwen3",
+            key_value_heads=get("num_key_value_heads"), head_size=get("head_dim"),
+            query_key_norm=kind == "qwen3" and not annealed,
         )  # fmt: skip
 
 

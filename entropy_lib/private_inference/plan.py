@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from entropy_lib.input_dependence import entropy_and_dependence
+from entropy_lib.input_dependence import HeadStatistics, head_statistics
 from entropy_lib.private_inference.architecture import Architecture
 from entropy_lib.private_inference.costs import InferenceCost, inference_cost
 
@@ -20,13 +20,18 @@ class HeadPlan:
 
     Attributes:
         keep: True for heads that keep their softmax, [L][H]; the others become static, a filter over distances each.
-        entropy, dependence: of every head, [L][H] in nats, see `input_dependence`.
+        statistics: of every head: entropy, input dependence and mean attention by distance.
+        constant_norms, relu: whether norms but the last become constants, and the activation ReLU.
         cost: of the model by this plan.   original: of the model as it is, at the same prices.
+
+    `dataclasses.replace(plan, keep=..., relu=...)` gives another plan for `convert_for_private_inference`; its `cost`
+    is then still the first one's: `inference_cost` of the converted model says it anew.
     """
 
     keep: tuple[tuple[bool, ...], ...] = field(repr=False)
-    entropy: list[list[float]] = field(repr=False)
-    dependence: list[list[float]] = field(repr=False)
+    statistics: HeadStatistics = field(repr=False, compare=False)
+    constant_norms: bool
+    relu: bool
     cost: InferenceCost
     original: InferenceCost
 
@@ -39,7 +44,7 @@ class HeadPlan:
         import pandas as pd
 
         rows = []
-        for kept, dependence in zip(self.keep, self.dependence, strict=True):
+        for kept, dependence in zip(self.keep, self.statistics.dependence, strict=True):
             found = pd.Series(dependence).groupby(list(kept)).mean()
             rows.append({"softmax heads": sum(kept), "theirs": found.get(True), "the others'": found.get(False)})
         return pd.DataFrame(rows)
@@ -68,7 +73,7 @@ def suggest_plan(
     blocks = _blocks(texts, tokenizer, context_length)
     was_training = [module for module in model.modules() if module.training]
     try:
-        entropy, dependence = entropy_and_dependence(model.eval(), blocks)
+        statistics = head_statistics(model.eval(), blocks)
     finally:
         for module in was_training:
             module.training = True
@@ -78,12 +83,12 @@ def suggest_plan(
         query_key_norm=architecture.query_key_norm and not constant_norms,
         activation="relu" if relu and architecture.activation != "linear" else architecture.activation,
     )
-    ranked = torch.tensor(dependence).flatten().argsort(descending=True, stable=True)
+    ranked = torch.tensor(statistics.dependence).flatten().argsort(descending=True, stable=True)
 
     def plan(count: int) -> tuple[Tensor, InferenceCost]:
         keep = torch.zeros(len(ranked), dtype=torch.bool)
         keep[ranked[:count]] = True
-        keep = keep.view(len(dependence), -1)
+        keep = keep.view(architecture.layers, -1)
         heads = replace(reduced, dynamic_heads=tuple(keep.sum(-1).tolist()))
         return keep, inference_cost(heads, context_length, prices)
 
@@ -99,7 +104,8 @@ def suggest_plan(
         raise ValueError(f"a budget of {budget:.4g} GB pays for no softmax head: one takes {least:.4g} GB in all")
     keep, cost = plan(fits)
     original = inference_cost(architecture, context_length, prices)
-    return HeadPlan(tuple(tuple(heads) for heads in keep.tolist()), entropy, dependence, cost, original)
+    heads = tuple(tuple(layer) for layer in keep.tolist())
+    return HeadPlan(heads, statistics, constant_norms, relu, cost, original)
 
 
 def _blocks(texts: Tensor | Sequence[str], tokenizer: PreTrainedTokenizerBase | None, length: int) -> Tensor:

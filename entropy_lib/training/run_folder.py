@@ -18,7 +18,6 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback
 
-from entropy_lib.modeling import LOADER_NAME
 from entropy_lib.training.identity import differences, digest, record_identity
 from entropy_lib.training.records import read_summary, record_path, written_whole
 
@@ -26,7 +25,7 @@ from entropy_lib.training.records import read_summary, record_path, written_whol
 MARKER = "whole.json"
 CHECKPOINT_FILES = (
     MARKER, "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
-    f"{LOADER_NAME}.py",
+    "modeling_entropy_*.py",
     "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "history.parquet",
     ".history.parquet.*.tmp", f".{MARKER}.*.tmp", "trainer_state.json",
 )  # fmt: skip

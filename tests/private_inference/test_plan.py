@@ -53,7 +53,7 @@ def test_what_is_measured_is_the_heads_own():
     plan = suggest_plan(model, BLOCKS, 1.0, context_length=T)
     with torch.no_grad(), record_entropy(model) as recorder:
         model(BLOCKS)
-    torch.testing.assert_close(torch.tensor(plan.entropy), recorder.head_means(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(plan.statistics.entropy), recorder.head_means(), rtol=1e-5, atol=1e-5)
     assert list(plan.to_frame()["softmax heads"]) == [4, 4]
     assert plan.to_frame()["the others'"].isna().all()
 
