@@ -76,23 +76,36 @@ class AnnealedLayerNorm(nn.Module):
         return scaled - scaled.mean(0, keepdim=True), bias + self.bias @ weight
 
 
+def anneal(model: nn.Module, blend: float) -> None:
+    """After a training step: the constants of a model's annealed norms move on, and `blend` of each is constant."""
+    for module in model.modules():
+        if isinstance(module, AnnealedLayerNorm):
+            module.anneal(blend)
+
+
 class AnnealedRMSNorm(AnnealedLayerNorm):
     """The same of Llama's RMSNorm: w ⊙ x·((1−A)/rms(x) + A·k), or with `one_plus`, as in Gemma, 1 + w for w.
 
-    `penalty` is the last pass's, with its graph, since a stock layer has no place for a second output.
+    A stock layer has no place for a second output: `take_penalty` gives it after the pass.
     """
 
     def __init__(self, width: int, eps: float, one_plus: bool = False):
         nn.Module.__init__(self)
-        self.eps, self.one_plus = eps, one_plus
+        self.eps, self.one_plus, self.penalty = eps, one_plus, None
         self.weight = nn.Parameter(torch.zeros(width) if one_plus else torch.ones(width))
         self._make_buffers()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., d] -> the same."""
         with torch.autocast(x.device.type, enabled=False):
-            scaled, self.penalty = self._scaled(x if x.dtype == torch.float64 else x.float())
+            scaled, penalty = self._scaled(x if x.dtype == torch.float64 else x.float())
+            self.penalty = penalty if self.training else None
             return (scaled * self.gain).to(x.dtype)
+
+    def take_penalty(self) -> Tensor:
+        """The last training pass's penalty, which is not kept: a module with a graph in it cannot be copied."""
+        penalty, self.penalty = self.penalty, None
+        return penalty
 
     @property
     def gain(self) -> Tensor:

@@ -15,16 +15,17 @@ from transformers.masking_utils import sdpa_mask
 def logit_range(model: PreTrainedModel, blocks: Tensor, batch: int = 256) -> list[list[list[float]]]:
     """How far attention logits reach from the mean of their row: [lowest, highest] by layer and softmax head.
 
-    `model`: one of this library or a stock GPT-2. Over the keys that a query sees, after scale and temperature, in all
-    rows of blocks [N, T]. The mean of a row is linear, so free for two parties, and rows that stay near it need no
-    maximum (see `private_inference.methods`).
+    `model`: one of this library, or a stock GPT-2 or Llama. Over the keys that a query sees, after scale and
+    temperature, in all rows of blocks [N, T]. The mean of a row is linear, so free for two parties, and rows that stay
+    near it need no maximum (see `private_inference.methods`).
     """
     ranges: dict[int, Tensor] = {}  # [2, H]
 
     def listen(layer: int, seen: Tensor) -> None:
         ranges[layer] = torch.maximum(ranges[layer], seen) if layer in ranges else seen
 
-    attentions, before = [block.attn for block in model.transformer.h], model.config._attn_implementation
+    attentions = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "scaling")]
+    before = model.config._attn_implementation
     try:
         for attention in attentions:
             attention.logit_range_listener = listen
@@ -46,7 +47,8 @@ def _logit_range_forward(module, query, key, value, attention_mask, scaling=None
     visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     visible = visible.tril(key.shape[2] - query.shape[2])
     with torch.autocast(query.device.type, enabled=False):
-        logits = query.float() @ key.float().transpose(-1, -2) * (scaling or 1 / math.sqrt(query.shape[-1]))
+        key_of_head = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        logits = query.float() @ key_of_head.float().transpose(-1, -2) * (scaling or 1 / math.sqrt(query.shape[-1]))
         mean = logits.masked_fill(~visible, 0).sum(-1, keepdim=True) / visible.sum(-1, keepdim=True)
         away = logits - mean
         below, above = (x.masked_fill(~visible, 0).amax((0, 2, 3)) for x in (-away, away))  # a row's mean is at 0

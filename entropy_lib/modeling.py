@@ -392,12 +392,6 @@ class EntropyGPT2Model(GPT2Model):
             kwargs["first_values"] = []
         return super().forward(*args, **kwargs)
 
-    def anneal_layer_norm(self, blend: float) -> None:
-        """After a training step: the annealed LayerNorms' constants move on, and `blend` of each is constant."""
-        for module in self.modules():
-            if isinstance(module, AnnealedLayerNorm):
-                module.anneal(blend)
-
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         """As transformers', which takes a custom model's modules for initialised if no parameter is directly theirs.
 

@@ -150,13 +150,23 @@ class _EntropyLlama:
         self.loss_type = "ForCausalLM"
         self.post_init()
 
-    def forward(self, *args, output_entropies: bool | None = None, **kwargs) -> EntropyCausalLMOutput:
-        """As the stock model's; `output_entropies=True` adds `entropies`, training with annealed norms `norm_penalty`."""
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
+        past_key_values=None, inputs_embeds: Tensor | None = None, labels: Tensor | None = None,
+        use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, output_entropies: bool | None = None, **kwargs,
+    ) -> EntropyCausalLMOutput:  # fmt: skip
+        """As the stock model's; `output_entropies=True` adds `entropies`, training of annealed norms `norm_penalty`."""
         entropies = [] if output_entropies else None
-        output = super().forward(*args, **kwargs, **({"entropies": entropies} if output_entropies else {}))
+        if output_entropies:
+            kwargs["entropies"] = entropies
+        output = super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+            logits_to_keep=logits_to_keep, **kwargs,
+        )  # fmt: skip
         penalties = []
         if self.training:
-            penalties = [module.penalty for module in self.modules() if isinstance(module, AnnealedRMSNorm)]
+            penalties = [module.take_penalty() for module in self.modules() if isinstance(module, AnnealedRMSNorm)]
         return EntropyCausalLMOutput(
             **output,
             entropies=tuple(entropies) if output_entropies else None,

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from entropy_lib.annealed_layer_norm import anneal
 from entropy_lib.modeling import MODEL_SIZES, build_model
 from entropy_lib.private_inference.methods import METHODS
 from entropy_lib.private_inference.parties import PROTOCOLS
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
                                 temperature_init=0.5)  # fmt: skip
             ids = torch.randint(256, (options.tokens,))
             model.train()(ids[None])
-            model.transformer.anneal_layer_norm(1.0)  # as at the end of training
+            anneal(model, 1.0)  # as at the end of training
             record |= {name: getattr(options, name) for name in ("variant", "size", "layers", "tokens")}
         model = model.eval()
         record |= {"protocol": options.protocol, "method": options.method}

@@ -55,13 +55,15 @@ def heads(qkv, count, dynamic):
     return tuple(parts) if dynamic else parts[-1]
 
 
-def grouped_heads(qkv, count, groups):
-    """[T, (count + 2·groups)·size] -> query, key and value, [count, T, size] each; a group's heads share key and
-    value. Moves data only."""
-    size = qkv.shape[-1] // (count + 2 * groups)
-    parts = jnp.split(qkv, [count * size, (count + groups) * size], axis=-1)
-    query, *shared = (part.reshape(part.shape[0], -1, size).swapaxes(0, 1) for part in parts)
-    return query, *(part.repeat(count // groups, axis=0) for part in shared)
+def grouped_heads(qkv, size, keys, values):
+    """[T, (queries + some groups + all groups)·size] -> queries and keys, unless there are none, and values, [heads, T,
+    size] each: `keys` says which of the key groups each query has, `values` which value group each head. Moves data
+    only."""
+    queries, groups = len(keys), max(keys, default=-1) + 1
+    parts = jnp.split(qkv, [queries * size, (queries + groups) * size], axis=-1)
+    query, key, value = (part.reshape(part.shape[0], -1, size).swapaxes(0, 1) for part in parts)
+    value = value[np.array(values)]
+    return (query, key[np.array(keys)], value) if queries else value
 
 
 def rotary(x, frequencies):

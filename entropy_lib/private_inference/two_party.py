@@ -69,7 +69,7 @@ def run_two_party(
 
     Args:
         model: any of this library, which is folded first (`fold_for_inference`), transformers' GPT2LMHeadModel, or one
-            of its models of Llama's kind (Llama, Mistral, Qwen2, Qwen3, Gemma).
+            of its models of Llama's kind (Llama, Mistral, Qwen2, Qwen3, Gemma); or what was converted from these.
         input_ids: [T] or [1, T], T at least 2.
         protocol: "CHEETAH", two processes that talk over loopback, homomorphic encryption and oblivious transfer, the
             paper's; or "SEMI2K", one process with both parties and a trusted dealer: fast, its bytes are not
@@ -241,11 +241,12 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
 
 def forward_plan(
     architecture: Architecture, weights: dict[str, list[int]], context_length: int, logits_to_keep: int = 0, *,
-    epsilon: float = 1e-5, frequencies: list[float] | None = None,
+    epsilon: float = 1e-5, frequencies: list[float] | None = None, head_order: dict[int, list[int]] | None = None,
 ) -> dict:  # fmt: skip
     """The plan of a forward pass (see `party`): the client's one-hot ids to logits, or, without a vocabulary, one or
     more blocks from a hidden state that both parties hold shares of. `weights`: name to shape; `epsilon` of RMSNorms;
-    `frequencies`: of rotary positions, in radians a token, one for each pair of columns of a head."""
+    `frequencies`: of rotary positions, in radians a token, one for each pair of columns of a head; `head_order`: by
+    layer the model's numbers of the heads, softmax heads first."""
     a, t = architecture, context_length
     inputs = {name: {"owner": "server", "shape": shape, "dtype": "float32"} for name, shape in weights.items()}
     steps = []
@@ -286,9 +287,12 @@ def forward_plan(
         dynamic, values = a.heads_of_layer(layer), "v" if layer or not a.value_residual else "v0"
         parts = ["q", "k", values] if dynamic else [values]
         if a.norm == "rmsnorm":
-            step("attention linear", "grouped_heads", ["qkv"], parts, count=a.heads, groups=a.groups)
-            turn("q", f"{layer}.query_gain")
-            turn("k", f"{layer}.key_gain")
+            groups = [head * a.groups // a.heads for head in (head_order or {}).get(layer, range(a.heads))]
+            keys = [sorted(set(groups[:dynamic])).index(group) for group in groups[:dynamic]]
+            step("attention linear", "grouped_heads", ["qkv"], parts, size=a.size, keys=keys, values=groups)
+            if dynamic:
+                turn("q", f"{layer}.query_gain")
+                turn("k", f"{layer}.key_gain")
         else:
             step("attention linear", "heads", ["qkv"], parts, count=a.heads, dynamic=dynamic)
         if a.value_residual and layer:

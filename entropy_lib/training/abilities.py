@@ -5,22 +5,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
-from entropy_lib.modeling import EntropyGPT2LMHeadModel
+from transformers import PreTrainedModel
 
 SEQUENCES = 256
 
 
 @torch.no_grad()
-def recall(model: EntropyGPT2LMHeadModel, sequences: int = SEQUENCES, seed: int = 1, batch: int = SEQUENCES) -> float:
+def recall(
+    model: PreTrainedModel,
+    positions: int | None = None,
+    sequences: int = SEQUENCES,
+    seed: int = 1,
+    batch: int = SEQUENCES,
+) -> float:
     """Share of right next tokens in the second half of random tokens that are written twice.
 
     No model of the language learns them: only looking back at what followed the first time answers. A guess is right
-    once in a vocabulary. Sequences have all the model's positions, or one less if these are odd.
+    once in a vocabulary. Sequences have so many positions (None: all the model's), or one less if these are odd.
     """
-    half = model.config.n_positions // 2
+    positions = positions or model.config.n_positions
+    half = positions // 2
     if half < 2:
-        raise ValueError(f"recall needs at least 4 positions, the model has {model.config.n_positions}")
+        raise ValueError(f"recall needs at least 4 positions, got {positions}")
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(model.config.vocab_size, (sequences, half), generator=generator).repeat(1, 2)
     right = 0
@@ -31,7 +37,7 @@ def recall(model: EntropyGPT2LMHeadModel, sequences: int = SEQUENCES, seed: int 
 
 
 @torch.no_grad()
-def loss_by_position(model: EntropyGPT2LMHeadModel, blocks: Tensor, batch: int = SEQUENCES) -> list[float]:
+def loss_by_position(model: PreTrainedModel, blocks: Tensor, batch: int = SEQUENCES) -> list[float]:
     """Mean cross-entropy in nats of the tokens at positions 1 to T-1 of blocks [N, T]; their mean is the loss."""
     total = torch.zeros(blocks.shape[1] - 1, dtype=torch.float64)
     for part in blocks.split(batch):

@@ -38,10 +38,11 @@ def load_corpus(
     vocab_size: int | None = None,
     *,
     max_tokens: int | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     cache_dir: str | os.PathLike | None = None,
     verify: bool = False,
 ) -> tuple[datasets.DatasetDict, PreTrainedTokenizerFast]:
-    """A corpus as blocks of token ids, and the tokenizer trained on its training split.
+    """A corpus as blocks of token ids, and the tokenizer trained on its training split, or the one that is given.
 
     name: "sample" (committed Python source, 0.8M tokens), "pypi-small" and "pypi-medium" (Python source of pinned
         packages, about 11M and 132M tokens), "english" (presidential addresses, Shakespeare and the King James
@@ -53,6 +54,7 @@ def load_corpus(
         the model with `len(tokenizer)`. Default 2,048 for "sample", 16,384 for the others.
     max_tokens: use the first this many training tokens, and a twentieth of it (at least 10,000) for validation.
         Default all; 100 million for "codeparrot", whose download stops there.
+    tokenizer: a pretrained model's own, a fast one with an eos_token, which then ends every document.
     cache_dir: where downloads and token files are kept. Default: the environment variable ENTROPY_LIB_CACHE, else
         the user's cache folder.
     verify: hash cached token files of any size before they are trusted.
@@ -71,15 +73,20 @@ def load_corpus(
         raise ValueError(f"context_length={context_length}, wanted at least 2: a token and the next")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens}, wanted at least 1")
+    if tokenizer is not None and vocab_size is not None:
+        raise ValueError("a tokenizer that is given has its own vocabulary: leave out vocab_size")
     cache = cache_folder(cache_dir)
     max_tokens = max_tokens or (CODEPARROT_TOKENS if name == "codeparrot" else None)
     limits = {"train": max_tokens, "validation": max(10_000, max_tokens // 20)} if max_tokens else {}
     source = _source(name, cache, limits)
-    vocab_size = vocab_size or (2_048 if name == "sample" else 16_384)
-    folder, manifest = tokens.token_files(source, vocab_size, cache, verify)
+    given = None if tokenizer is None else _given(tokenizer)
+    vocab_size = len(tokenizer) if given else vocab_size or (2_048 if name == "sample" else 16_384)
+    folder, manifest = tokens.token_files(source, vocab_size, cache, verify, given)
     dataset = datasets.DatasetDict(
         {split: _blocks(split, folder, manifest, source, context_length, limits.get(split)) for split in SPLITS}
     )
+    if given:
+        return dataset, tokenizer
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
         model_max_length=context_length,
@@ -87,6 +94,13 @@ def load_corpus(
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
     )
     return dataset, tokenizer
+
+
+def _given(tokenizer: PreTrainedTokenizerFast) -> tokens.GivenTokenizer:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or tokenizer.eos_token is None:
+        raise ValueError(f"wanted a fast tokenizer with an eos_token, got {type(tokenizer).__name__}")
+    return tokens.GivenTokenizer(backend.to_str(), tokenizer.eos_token)
 
 
 def corpus_hash(dataset: datasets.DatasetDict) -> str:

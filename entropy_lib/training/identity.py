@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import asdict
 
+import torch
 from datasets import DatasetDict
 
 from entropy_lib.training.corpus import CODEPARROT_TOKENS, CORPORA, corpus_hash, max_tokens_of
@@ -129,6 +130,16 @@ def scaled_before_the_field(variant: dict) -> bool:
 def _whole_recipe(recipe: dict, variant: dict) -> dict:
     """With the fields that a recipe on record lacks: they were added since and have their defaults, save one."""
     return {**asdict(Recipe()), "scaled_residual_init": scaled_before_the_field(variant), **recipe}
+
+
+def weights_hash(model) -> str:
+    """SHA-256 (hex) of a model's parameters and buffers, by name."""
+    hashed = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
+        hashed.update(name.encode())
+        hashed.update(raw.numpy())
+    return hashed.hexdigest()
 
 
 def plain(name: str, values: dict) -> dict:

@@ -37,6 +37,8 @@ class Recipe:
         scaled_residual_init: see `EntropyGPT2Config`.
         anneal_start, anneal_end: shares of the steps between which annealed LayerNorms (LN(a)) become constant.
         norm_penalty_coeff: factor of their penalty, mean(log²(k·std)), in the loss of training.
+        distillation: share of the teacher's KL(teacher ‖ model) in the loss of `fine_tune`, 0 for none; the rest is the
+            cross-entropy.
         precision: "float32" (matrix products in TF32 on GPUs that have it) or "bfloat16" (autocast).
         max_skipped_in_a_row: non-finite steps in a row that end a run as collapsed.
     """
@@ -67,6 +69,7 @@ class Recipe:
     anneal_start: float = 0.3
     anneal_end: float = 0.7
     norm_penalty_coeff: float = 0.1
+    distillation: float = 0.0
     precision: str = "float32"
     compile: bool = False
     max_skipped_in_a_row: int = 20
@@ -90,6 +93,8 @@ class Recipe:
             raise ValueError("temperature_init must be above 0, got 0.0: the model divides by it")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
+        if self.distillation > 1:
+            raise ValueError(f"distillation must be in [0, 1], got {self.distillation}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
         if not self.anneal_start < self.anneal_end <= 1:

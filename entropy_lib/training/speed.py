@@ -6,8 +6,7 @@ import math
 
 import numpy as np
 import pandas as pd
-
-from entropy_lib.modeling import EntropyGPT2LMHeadModel
+from transformers import PreTrainedModel
 
 
 def steady_tokens_per_second(history: pd.DataFrame) -> float:
@@ -33,11 +32,13 @@ def training_flops_per_token(parameters: int, layers: int, width: int, context_l
     return 6 * parameters + 12 * layers * width * context_length
 
 
-def model_flops_per_token(model: EntropyGPT2LMHeadModel) -> int:
+def model_flops_per_token(model: PreTrainedModel, context_length: int | None = None) -> int:
     """`training_flops_per_token` of a model: N is all parameters but the position embeddings, which are looked up.
 
     Token embeddings are counted once: they are also the projection to the vocabulary.
     """
     config = model.config
-    parameters = model.num_parameters() - model.transformer.wpe.weight.numel()
-    return training_flops_per_token(parameters, config.n_layer, config.n_embd, config.n_positions)
+    parameters = model.num_parameters()
+    if hasattr(model, "transformer"):
+        parameters -= model.transformer.wpe.weight.numel()
+    return training_flops_per_token(parameters, config.n_layer, config.n_embd, context_length or config.n_positions)

@@ -77,13 +77,23 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
 
 
-def token_files(source: Source, vocab_size: int, cache: Path, verify: bool = False) -> tuple[Path, dict]:
+class GivenTokenizer(NamedTuple):
+    """A tokenizer that is not to be trained: its tokenizer.json, and the token that ends a text."""
+
+    json: str
+    end: str
+
+
+def token_files(
+    source: Source, vocab_size: int, cache: Path, verify: bool = False, given: GivenTokenizer | None = None
+) -> tuple[Path, dict]:
     """The folder with `source`'s token files and its manifest, built unless the cache holds it whole.
 
     Files that differ from the manifest in size are built again, and so are those that differ in SHA-256 where
     they are small or `verify` is set. Raises OSError (ENOSPC) that says what to do when the disk is full.
     """
     settings = [FORMAT_VERSION, source.name, source.key, vocab_size, source.max_tokens, TOKENIZER_BYTES]
+    settings += given or []
     fingerprint = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     folder = Path(cache) / "tokens" / f"{source.name[:80]}-{fingerprint[:16]}"
     if (folder / "manifest.json").exists():
@@ -93,7 +103,7 @@ def token_files(source: Source, vocab_size: int, cache: Path, verify: bool = Fal
         print(f"{source.name}: {fault}; building the token files again", file=sys.stderr)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return folder, _build(source, vocab_size, folder)
+        return folder, _build(source, vocab_size, folder, given)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -121,7 +131,7 @@ def _read_manifest(folder: Path, verify: bool) -> tuple[dict | None, str | None]
     return manifest, None
 
 
-def _build(source: Source, vocab_size: int, folder: Path) -> dict:
+def _build(source: Source, vocab_size: int, folder: Path, given: GivenTokenizer | None) -> dict:
     # Temporary names of this process, renamed at the end: two builds at once cannot spoil each other, and
     # an interrupted one leaves nothing that a later call would trust.
     temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in (*FILES, "manifest.json")}
@@ -129,14 +139,19 @@ def _build(source: Source, vocab_size: int, folder: Path) -> dict:
         if time.time() - stale.stat().st_mtime > 6 * 3600:
             stale.unlink(missing_ok=True)
     try:
-        texts = _tokenizer_texts(source)
-        label = f"{source.name}: training the tokenizer on {sum(map(len, texts)) / 1e6:.1f} MB"
-        pieces = (piece for text in progress(texts, label, quiet=source.quiet) for piece in _pieces(text))
-        tokenizer = _train_tokenizer(pieces, vocab_size)
-        del texts
+        if given is None:
+            texts = _tokenizer_texts(source)
+            label = f"{source.name}: training the tokenizer on {sum(map(len, texts)) / 1e6:.1f} MB"
+            pieces = (piece for text in progress(texts, label, quiet=source.quiet) for piece in _pieces(text))
+            tokenizer, end = _train_tokenizer(pieces, vocab_size), END_OF_TEXT
+            del texts
+        else:
+            tokenizer, end = Tokenizer.from_str(given.json), given.end
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
         tokenizer.save(str(temporary["tokenizer.json"]))
         documents = progress(source.documents(), f"{source.name}: encoding", quiet=source.quiet)
-        counts = _encode(tokenizer, documents, temporary, source.max_tokens or {})
+        counts = _encode(tokenizer, end, documents, temporary, source.max_tokens or {})
         manifest = _manifest(source, tokenizer.get_vocab_size(), counts, temporary)
         temporary["manifest.json"].write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         for name, path in temporary.items():  # manifest.json is last
@@ -201,9 +216,9 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _encode(tokenizer: Tokenizer, documents: Iterable[Document], paths: dict, limits: dict) -> dict:
+def _encode(tokenizer: Tokenizer, end: str, documents: Iterable[Document], paths: dict, limits: dict) -> dict:
     """Write the token ids of each split; returns, by (split, package), the files, bytes and tokens."""
-    dtype, end = token_dtype(tokenizer.get_vocab_size()), tokenizer.token_to_id(END_OF_TEXT)
+    dtype, end = token_dtype(tokenizer.get_vocab_size()), tokenizer.token_to_id(end)
     tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is ordinary text
     counts: dict[tuple[str, str], Counter] = {}
     written = Counter()

@@ -1,7 +1,8 @@
-"""`train_variant`: one call from a variant's name to a run record. Interruptible, resumable, one process or many."""
+"""From a variant's name, or a converted model, to a run record. Interruptible, resumable, one process or many."""
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import platform
@@ -10,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -21,16 +23,16 @@ import torch
 from accelerate.utils import broadcast_object_list, get_int_from_env
 from datasets import DatasetDict
 from tqdm.std import tqdm
-from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from entropy_lib.input_dependence import input_dependence
 from entropy_lib.logit_range import logit_range
-from entropy_lib.modeling import EntropyGPT2LMHeadModel, build_model
+from entropy_lib.modeling import build_model
 from entropy_lib.training.abilities import loss_by_position, recall
 from entropy_lib.training.cache import cache_folder
 from entropy_lib.training.corpus import load_corpus
 from entropy_lib.training.global_state import OwnDraws, one_training_at_a_time
-from entropy_lib.training.identity import corpus_identity, digest, plain, run_identity
+from entropy_lib.training.identity import corpus_identity, digest, plain, run_identity, weights_hash
 from entropy_lib.training.recipe import RECIPES, Recipe, get_recipe, training_arguments
 from entropy_lib.training.records import RunRecord
 from entropy_lib.training.run_folder import MarkWhole, RunFolder, place_of_record, remove
@@ -38,7 +40,7 @@ from entropy_lib.training.speed import model_flops_per_token, steady_tokens_per_
 from entropy_lib.training.trainer import EntropyTrainer, TokenBlocks, collate_blocks
 from entropy_lib.variants import Variant, get_variant
 
-__all__ = ["RECIPES", "EntropyTrainer", "Recipe", "collate_blocks", "get_recipe", "train_variant"]
+__all__ = ["RECIPES", "EntropyTrainer", "Recipe", "collate_blocks", "fine_tune", "get_recipe", "train_variant"]
 
 Corpus = tuple[DatasetDict, PreTrainedTokenizerBase]
 
@@ -88,16 +90,8 @@ def train_variant(
     written to or whose record of the same name is of another run.
     """
     variant, recipe = get_variant(variant), get_recipe(recipe)
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
-    seed = int(seed)  # a NumPy integer is none for JSON
-    dataset, tokenizer = _load(corpus, recipe.context_length)
-    if len(dataset["train"]) < recipe.sequences_per_step:
-        raise ValueError(
-            f"the corpus has {len(dataset['train'])} training blocks of {recipe.context_length} tokens, a step takes "
-            f"sequences_per_step={recipe.sequences_per_step}: wanted more text, or a recipe with fewer "
-            "sequences_per_step (and a micro_batch that divides it) or a shorter context_length"
-        )
+    corpus = _load(corpus, recipe.context_length)
+    tokenizer = corpus[1]
     config = {
         "vocab_size": len(tokenizer),
         "n_positions": recipe.context_length,
@@ -108,7 +102,88 @@ def train_variant(
         "eos_token_id": tokenizer.eos_token_id,
         **(model_config or {}),
     }
-    text = corpus_identity(dataset, config["vocab_size"])
+    return _run(
+        lambda: build_model(variant, size, **config), corpus, recipe, variant=variant, size=size, seed=seed,
+        vocab_size=config["vocab_size"], model_config=model_config, training_overrides=training_overrides,
+        output_dir=output_dir, run_dir=run_dir, progress=progress, callbacks=callbacks, overwrite=overwrite, stop=stop,
+    )  # fmt: skip
+
+
+@one_training_at_a_time()
+def fine_tune(
+    model: PreTrainedModel,
+    corpus: str | Path | Corpus,
+    recipe: str | Recipe,
+    *,
+    name: str,
+    teacher: PreTrainedModel | None = None,
+    seed: int = 0,
+    output_dir: str | Path | None = None,
+    run_dir: str | Path | None = None,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+    training_overrides: dict | None = None,
+    overwrite: bool = False,
+    stop: threading.Event | None = None,
+) -> RunRecord:
+    """Train a copy of a converted model further and return its record; the trained copy is `record.model`.
+
+    Args:
+        model: what `convert_for_private_inference` returned, or another `EntropyGPT2LMHeadModel`. It stays as it is.
+        corpus: as for `train_variant`, in the model's own tokens: `load_corpus(..., tokenizer=...)`.
+        recipe: as for `train_variant`. `distillation` weighs the teacher, `loss_coeff` the entropy penalty if the
+            model has thresholds, `anneal_start` to `anneal_end` is when its norms become constants.
+        name: of the record, in place of a variant's.
+        teacher: the model to learn from, the original in general; needed if `recipe.distillation` is above 0.
+
+    The rest, interruption and resumption are as for `train_variant`; the same call means the same weights. The loss on
+    record is the cross-entropy. A run whose loss rises by more than a nat over its start says so while it runs. Raises
+    ValueError for a model of another kind, and for a corpus of tokens that the model does not know.
+    """
+    recipe, config = get_recipe(recipe), model.config
+    if not hasattr(config, "entropy_heads"):
+        raise ValueError(
+            f"fine_tune trains what convert_for_private_inference returns, got {type(model).__name__}: "
+            "convert it first, or use EntropyRegularizedTrainer"
+        )
+    if (teacher is None) != (recipe.distillation == 0):
+        raise ValueError(f"a teacher and recipe.distillation above 0 go together, got {recipe.distillation}")
+    corpus = _load(corpus, recipe.context_length)
+    if len(corpus[1]) > config.vocab_size:
+        raise ValueError(f"the corpus has {len(corpus[1])} tokens, the model knows {config.vocab_size}")
+    known = {
+        "model_type": config.model_type, "entropy_heads": config.entropy_heads(),
+        "annealed_layer_norm": config.annealed_layer_norm, "activation": getattr(config, "hidden_act", None)
+        or config.activation_function, "weights_sha256": weights_hash(model),
+        "teacher_sha256": teacher and weights_hash(teacher),
+    }  # fmt: skip
+    size = f"{model.num_parameters() / 1e6:.3g}M"
+    return _run(
+        lambda: copy.deepcopy(model), corpus, recipe, variant=Variant(name), size=size, seed=seed,
+        vocab_size=config.vocab_size, model_config=known, training_overrides=training_overrides,
+        output_dir=output_dir, run_dir=run_dir, progress=progress, callbacks=[*callbacks, _Rising()],
+        overwrite=overwrite, stop=stop, teacher=teacher,
+    )  # fmt: skip
+
+
+def _run(
+    make: Callable[[], PreTrainedModel], corpus: Corpus, recipe: Recipe, *, variant: Variant, size: str, seed: int,
+    vocab_size: int, model_config: dict | None, training_overrides: dict | None, output_dir: str | Path | None,
+    run_dir: str | Path | None, progress: bool, callbacks: Sequence[TrainerCallback], overwrite: bool,
+    stop: threading.Event | None, teacher: PreTrainedModel | None = None,
+) -> RunRecord:  # fmt: skip
+    """What `train_variant` and `fine_tune` share: identity, the run's folder, training, the record."""
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+    seed = int(seed)  # a NumPy integer is none for JSON
+    dataset = corpus[0]
+    if len(dataset["train"]) < recipe.sequences_per_step:
+        raise ValueError(
+            f"the corpus has {len(dataset['train'])} training blocks of {recipe.context_length} tokens, a step takes "
+            f"sequences_per_step={recipe.sequences_per_step}: wanted more text, or a recipe with fewer "
+            "sequences_per_step (and a micro_batch that divides it) or a shorter context_length"
+        )
+    text = corpus_identity(dataset, vocab_size)
     identity = run_identity(
         variant,
         size=size,
@@ -130,7 +205,7 @@ def train_variant(
         "seed": seed,
         "corpus_sha256": text["sha256"],
         "context_length": recipe.context_length,
-        "vocab_size": config["vocab_size"],
+        "vocab_size": vocab_size,
         "recipe": asdict(recipe),
         "model_config": model_config or {},
         "max_tokens": text["max_tokens"],
@@ -157,7 +232,7 @@ def train_variant(
             checkpoint = _on_main_process(arguments, claim)
         bar = _Progress(variant.name, enabled=progress)
         watching, stop = [*callbacks, bar], stop or threading.Event()
-        record = _train(variant, recipe, dataset, config, arguments, folder, checkpoint, watching, known, stop)
+        record = _train(make, recipe, dataset, arguments, folder, checkpoint, watching, known, stop, teacher)
         if arguments.should_save:
             if output_dir is not None:
                 record.save(output_dir)
@@ -167,20 +242,20 @@ def train_variant(
 
 
 def _train(
-    variant: Variant,
+    make: Callable[[], PreTrainedModel],
     recipe: Recipe,
     dataset: DatasetDict,
-    config: dict,
     arguments: TrainingArguments,
     folder: RunFolder,
     checkpoint: Path | None,
     callbacks: Sequence[TrainerCallback],
     known: dict,
     stop: threading.Event,
+    teacher: PreTrainedModel | None,
 ) -> RunRecord:
     """The training itself; `known` are the fields of the record that are known before."""
     with OwnDraws(known["seed"]):
-        model = build_model(variant, known["size"], **config)
+        model = make()
     blocks = dataset["validation"]
     trainer = EntropyTrainer(
         model=model,
@@ -193,6 +268,8 @@ def _train(
         warmup_from_zero=recipe.warmup_from_zero,
         layer_norm_blend=recipe.layer_norm_blend,
         norm_penalty_coeff=recipe.norm_penalty_coeff,
+        teacher=teacher,
+        distillation=recipe.distillation,
         callbacks=list(callbacks),
     )
     trainer.add_callback(MarkWhole(folder, trainer.accelerator))
@@ -202,7 +279,7 @@ def _train(
             trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
     if stop.is_set() and trainer.state.global_step < recipe.steps:
         raise KeyboardInterrupt(
-            f"{variant.name}: stopped after step {trainer.state.global_step} of {recipe.steps}; "
+            f"{known['variant']}: stopped after step {trainer.state.global_step} of {recipe.steps}; "
             "run the same call again to go on from there"
         )
     seconds = trainer.history[-1]["seconds"] if trainer.history else time.monotonic() - started
@@ -232,7 +309,7 @@ def _train(
         skipped_steps=trainer.skipped,
         parameters=model.num_parameters(),
         tokens_per_second=tokens_per_second,
-        tflops=tokens_per_second * model_flops_per_token(model) / arguments.world_size / 1e12,
+        tflops=tokens_per_second * model_flops_per_token(model, recipe.context_length) / arguments.world_size / 1e12,
         peak_memory_gib=torch.cuda.max_memory_allocated() / 2**30 if arguments.device.type == "cuda" else 0.0,
         processes=arguments.world_size,
         entropy=[[None if math.isnan(head) else head for head in layer] for layer in entropy.tolist()],
@@ -241,13 +318,13 @@ def _train(
     )
 
 
-def _abilities(model: EntropyGPT2LMHeadModel, trainer: EntropyTrainer, recipe: Recipe) -> dict:
+def _abilities(model: PreTrainedModel, trainer: EntropyTrainer, recipe: Recipe) -> dict:
     """Fields of the record about the final weights, in the precision of training, on the blocks of the evaluation."""
     blocks = torch.from_numpy(trainer.eval_dataset.ids.astype("int64"))
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
         return {
-            "recall": recall(model) if recipe.context_length > 3 else None,
+            "recall": recall(model, recipe.context_length) if recipe.context_length > 3 else None,
             "loss_by_position": loss_by_position(model, blocks),
             "logit_range": logit_range(model, blocks[:256]),
             "input_dependence": input_dependence(model, blocks[:256]),
@@ -324,6 +401,21 @@ class _SaveAndStop(TrainerCallback):
 
     def _any_process(self, stop: bool, device: torch.device) -> bool:
         return bool(self.trainer.accelerator.reduce(torch.tensor(float(stop), device=device), "sum") > 0)
+
+
+class _Rising(TrainerCallback):
+    """Says while a fine-tuning runs, once, that it makes the model worse."""
+
+    def __init__(self):
+        self.start = None
+
+    def on_record(self, row: dict) -> None:
+        if self.start is None:
+            self.start = row["loss"]
+        elif row["loss"] > self.start + 1:
+            words = f"the loss has risen from {self.start:.3g} to {row['loss']:.3g} nats a token at step {row['step']}"
+            warnings.warn(f"{words}: stop it, and try a lower learning rate or fewer changes", stacklevel=2)
+            self.start = math.inf
 
 
 class _Progress(TrainerCallback):

@@ -16,8 +16,9 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
+from entropy_lib.annealed_layer_norm import anneal
 from entropy_lib.entropy import head_means, pad_heads
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.training.global_state import RandomStateKept
@@ -60,7 +61,8 @@ def collate_blocks(blocks: Sequence[dict] | np.ndarray) -> dict[str, Tensor]:
 
 
 class EntropyTrainer(RandomStateKept):
-    """transformers' Trainer for `EntropyGPT2LMHeadModel`: cross-entropy + λ·penalty, entropies on record.
+    """transformers' Trainer for `EntropyGPT2LMHeadModel` and `modeling_llama`: cross-entropy + λ·penalty, entropies on
+    record, and with a `teacher` a share `distillation` of KL(teacher ‖ model) for the cross-entropy.
 
     The penalty is applied if the model has thresholds (an EReg variant), to real queries only where a batch has an
     `attention_mask`. With reduction="mean" it is the mean over
@@ -89,11 +91,15 @@ class EntropyTrainer(RandomStateKept):
         warmup_from_zero: bool = True,
         layer_norm_blend: Callable[[int], float] | None = None,
         norm_penalty_coeff: float = 0.0,
+        teacher: PreTrainedModel | None = None,
+        distillation: float = 0.0,
         **kwargs,
     ):
         kwargs.setdefault("data_collator", collate_blocks)
         super().__init__(*args, **kwargs)
-        positions = self.model.config.n_positions
+        positions = self.context_length = self.model.config.n_positions
+        if isinstance(self.train_dataset, TokenBlocks):
+            self.context_length = self.train_dataset.ids.shape[1]
         for blocks in (self.train_dataset, self.eval_dataset):
             if isinstance(blocks, TokenBlocks) and blocks.ids.shape[1] > positions:
                 raise ValueError(f"blocks of {blocks.ids.shape[1]} tokens exceed the model's {positions} positions")
@@ -106,6 +112,9 @@ class EntropyTrainer(RandomStateKept):
         self.norm_penalty_coeff = norm_penalty_coeff if anneals else 0.0
         numbers = torch.arange(self.model.config.n_head)  # True for softmax heads, whose entropies are numbers
         self.has_entropy = torch.stack([numbers < heads for heads in self.model.config.entropy_heads()])  # [L, H]
+        self.teacher, self.distillation = teacher, distillation
+        if teacher is not None:
+            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
         self.collapsed = False
         self.grad_norm = math.nan  # of the last step that was read, see `_read_grad_norms`
         self._grad_norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
@@ -134,6 +143,9 @@ class EntropyTrainer(RandomStateKept):
         real = None if padding is None else padding.bool()
         # The Trainer's loss is this micro-batch's share of the step's mean, times the number of processes.
         self._cross_entropy = self._cross_entropy + loss.detach() / self.accelerator.num_processes
+        if self.teacher is not None:
+            distance = self._distance_to_teacher(outputs.logits, inputs) / self.current_gradient_accumulation_steps
+            loss = (1 - self.distillation) * loss + self.distillation * distance
         if self._recording():
             entropies = outputs.entropies or self._entropies_without_graph(inputs["input_ids"], padding)
             heads = self.model.config.n_head
@@ -151,6 +163,14 @@ class EntropyTrainer(RandomStateKept):
         if self.norm_penalty_coeff:
             loss = loss + self.norm_penalty_coeff * outputs.norm_penalty / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _distance_to_teacher(self, logits: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """KL(teacher ‖ model) in nats, the mean over the micro-batch's targets."""
+        with torch.no_grad():
+            given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+            wanted = self.teacher(**given).logits[:, :-1].float().log_softmax(-1)
+        distance = (wanted.exp() * (wanted - logits[:, :-1].float().log_softmax(-1))).sum(-1)
+        return distance[inputs["labels"][:, 1:] != -100].mean()
 
     @torch.no_grad()
     def _entropies_without_graph(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -343,7 +363,7 @@ class EntropyTrainer(RandomStateKept):
         step = self.state.global_step
         return {
             "step": step,
-            "tokens": step * self._sequences_per_step() * self.model.config.n_positions,
+            "tokens": step * self._sequences_per_step() * self.context_length,
             "loss": losses[0],
             "penalty": losses[1],
             "eval_loss": math.nan,
@@ -380,7 +400,7 @@ class _RecordAndSkip(TrainerCallback):
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         if self.trainer.layer_norm_blend is not None:
-            self.trainer.model.transformer.anneal_layer_norm(self.trainer.layer_norm_blend(state.global_step))
+            anneal(self.trainer.model, self.trainer.layer_norm_blend(state.global_step))
         self.trainer.record_step(lr_scheduler.get_last_lr()[0])
         if self.trainer.collapsed:
             control.should_training_stop = True

@@ -4,16 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_families import CONFIGS, tiny
-from transformers import AttentionInterface, AutoModelForCausalLM
+from running import private_environment, started_processes  # noqa: F401
+from test_families import CONFIGS, GATED, tiny
+from transformers import AttentionInterface, AutoModelForCausalLM, MistralConfig
 
 from entropy_lib import modeling_llama, record_entropy
-from entropy_lib.annealed_layer_norm import AnnealedLayerNorm, AnnealedRMSNorm
+from entropy_lib.annealed_layer_norm import AnnealedLayerNorm, AnnealedRMSNorm, anneal
 from entropy_lib.input_dependence import head_statistics
 from entropy_lib.private_inference.architecture import Architecture
 from entropy_lib.private_inference.convert import convert_for_private_inference
 from entropy_lib.private_inference.costs import inference_cost
 from entropy_lib.private_inference.plan import suggest_plan
+from entropy_lib.private_inference.two_party import run_two_party
 
 T = 12
 BLOCKS = torch.randint(100, (9, T), generator=torch.Generator().manual_seed(0))
@@ -175,7 +177,9 @@ def test_a_norm_goes_from_the_stock_one_to_a_constant(kind):
     norm.load_state_dict(stock.state_dict(), strict=False)
     x = torch.randn(5, 7, 64) * 3
     torch.testing.assert_close(norm(x), stock(x))
-    assert norm.penalty == pytest.approx((x.square().mean(-1).add(eps).log() / 2).var(unbiased=False).item(), rel=1e-4)
+    assert norm.take_penalty() == pytest.approx(
+        (x.square().mean(-1).add(eps).log() / 2).var(unbiased=False).item(), rel=1e-4
+    )
     norm.anneal(0.3)
     k = torch.rsqrt(x.square().mean(-1) + eps).log().mean().exp()
     gain = stock.weight + (kind == "gemma")
@@ -210,9 +214,52 @@ def test_what_cannot_be_converted_says_why():
     converted = convert_for_private_inference(model, plan)
     with pytest.raises(ValueError, match="13 keys exceed the 12 distances"):
         converted(torch.zeros(1, 13, dtype=torch.long))
-    mistral = tiny("mistral")
-    mistral.config.sliding_window = 8
+    mistral = AutoModelForCausalLM.from_config(MistralConfig(**GATED, sliding_window=8))
     with pytest.raises(ValueError, match="12 tokens, more than the model's sliding window of 8"):
         convert_for_private_inference(mistral, planned(mistral, SOME))
     with pytest.raises(ValueError, match="ascending numbers from 0 to 3"):
         modeling_llama.EntropyLlamaConfig(num_hidden_layers=1, num_attention_heads=4, softmax_heads=[[2, 1]])
+
+
+@pytest.fixture(scope="module")
+def finished():
+    """Converted models of each family as after training: norms constant, filters and weights moved."""
+
+    def make(kind):
+        model = tiny(kind)
+        converted = convert_for_private_inference(model, planned(model, SOME, constant_norms=True, relu=True))
+        with torch.no_grad():
+            converted.train()(BLOCKS)
+            anneal(converted, 1.0)
+            for name, parameter in converted.named_parameters():
+                if name.endswith("filter"):
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        return converted.eval()
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["as given", "optimized"])
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_private_pass_of_what_was_converted(kind, method, finished, private, started):
+    model = finished(kind)
+    result = run_two_party(model, torch.arange(T), "SEMI2K", method=method)
+    spread = result.logits.std()
+    assert result.max_error < 2e-2 * max(1, spread)
+    assert spread > 0.05
+    operations = [step["operation"] for step in result.steps]
+    assert operations.count("softmax") == operations.count("static") == 2
+    assert sum(operation in ("rmsnorm", "layernorm") for operation in operations) == 1
+    assert operations.count("relu") == 2
+
+
+def test_a_private_pass_by_two_processes(finished, private, started):
+    model = finished("llama")
+    result = run_two_party(model, torch.arange(T), "CHEETAH", method="optimized", logits_to_keep=1, timeout=300)
+    assert result.max_error < 2e-2 * max(1, result.logits.std())
+
+
+def test_a_norm_that_is_not_constant_yet_is_no_matrix():
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="at blend 0 is not linear yet: train it to the end"):
+        run_two_party(convert_for_private_inference(model, planned(model, constant_norms=True)), torch.arange(T))

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from entropy_lib.explore.tiny_model import load_tiny_model
 from entropy_lib.training import corpus, tokens, wheels
 from entropy_lib.training.corpus import corpus_hash, load_corpus, unigram_entropy
 from make.sample import SAMPLE_PACKAGES
@@ -870,3 +871,24 @@ def test_no_host_name_and_no_machine_path_in_the_files():
     for folder, pattern in ((wheels.DATA, "*.txt"), (wheels.DATA, "*.json")):
         for path in folder.glob(pattern):
             assert "://" not in path.read_text()
+
+
+def test_a_model_s_own_tokenizer_may_be_given(cache, sample):
+    """The tiny model's is the one that the sample trains, so that all tokens must be the same."""
+    _, tokenizer = load_tiny_model()
+    dataset, returned = load_corpus("sample", 64, tokenizer=tokenizer, cache_dir=cache)
+    assert returned is tokenizer
+    texts = []
+    for blocks, owner in (sample, (dataset, tokenizer)):
+        ids = [token for block in blocks["train"]["input_ids"][:400] for token in block]
+        texts.append(owner.decode(ids).replace(owner.eos_token, tokens.END_OF_TEXT))
+    length = min(map(len, texts))
+    assert texts[0][:length] == texts[1][:length]
+    assert tokens.END_OF_TEXT in texts[1]
+    trained = load_corpus("sample", 64, cache_dir=cache)
+    assert corpus_hash(trained[0]) == corpus_hash(dataset) != corpus_hash(sample[0])
+    assert len(list((cache / "tokens").iterdir())) == 2  # another tokenizer is another corpus
+    with pytest.raises(ValueError, match="has its own vocabulary: leave out vocab_size"):
+        load_corpus("sample", 64, 300, tokenizer=tokenizer, cache_dir=cache)
+    with pytest.raises(ValueError, match="wanted a fast tokenizer with an eos_token, got object"):
+        load_corpus("sample", 64, tokenizer=object(), cache_dir=cache)
