@@ -90,6 +90,8 @@ def train_variant(
     written to or whose record of the same name is of another run.
     """
     variant, recipe = get_variant(variant), get_recipe(recipe)
+    if recipe.distillation:
+        raise ValueError(f"train_variant has no teacher for distillation={recipe.distillation}: see fine_tune")
     corpus = _load(corpus, recipe.context_length)
     tokenizer = corpus[1]
     config = {

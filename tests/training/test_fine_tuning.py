@@ -156,6 +156,8 @@ def test_what_does_not_fit_together_says_so(corpus, original):
         tuned(original[0], corpus, teacher=original[0])
     with pytest.raises(ValueError, match=r"a teacher and recipe.distillation above 0 go together, got 0.5"):
         tuned(model, corpus)
+    with pytest.raises(ValueError, match=r"train_variant has no teacher for distillation=0\.5: see fine_tune"):
+        train(corpus, "SM", TUNE)
     with pytest.raises(ValueError, match=r"distillation must be in \[0, 1\], got 1.5"):
         Recipe(distillation=1.5)
     small = converted_to((AutoModelForCausalLM.from_config(_smaller(original[0].config)), original[1]))

@@ -125,7 +125,7 @@ def other(value):
         if value in choices
         else not value
         if isinstance(value, bool)
-        else value / 2
+        else value / 2 or 0.5
         if isinstance(value, float)
         else value + 16
     )
