@@ -3,13 +3,14 @@
 experiments  train the runs of a table; what is on record is skipped
 tables       print the paper's tables beside the recorded runs, as Markdown
 frontier     perplexity against bytes between two parties, of every model on record
+conversion   convert SmolLM2-135M, one removal at a time, and fine-tune it
 """
 
 import sys
 from importlib import import_module
 from pathlib import Path
 
-COMMANDS = ("experiments", "tables", "frontier")
+COMMANDS = ("experiments", "tables", "frontier", "conversion")
 
 
 def main() -> int:
