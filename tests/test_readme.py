@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
+from entropy_lib.explore.tiny_model import load_tiny_model
 from entropy_lib.training import train
 from paper.tables import markdown
 
@@ -57,7 +58,8 @@ def test_training_scripts(tmp_path, checkpointing):
     names = {"torch": torch, "model": model, "batch": batch, "loader": [batch, batch], "dataset": dataset}
     names["args"] = TrainingArguments(str(tmp_path), max_steps=2, use_cpu=True, report_to=[], disable_tqdm=True)
     names["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    with_trainer, own_loop = BLOCKS[-2:]
+    (with_trainer,) = (block for block in BLOCKS if "EntropyRegularizedTrainer" in block)
+    (own_loop,) = re.findall(r"## A loop of your own\n\n```python\n(.*?)```", NOTEBOOKS, re.DOTALL)
     for script in (with_trainer, own_loop):
         before = [p.detach().clone() for p in model.parameters()]
         exec(script, names)
@@ -71,6 +73,16 @@ def test_training_scripts(tmp_path, checkpointing):
     exec(authors, names)
     assert names["thresholds"].grad.abs().sum() > 0
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_bring_your_own_model():
+    model, tokenizer = load_tiny_model()
+    model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=4, n_embd=32, vocab_size=len(tokenizer), n_positions=128))
+    names = {"model": model.eval(), "tokenizer": tokenizer, "texts": ["def f(x):\n    return x\n" * 60]}
+    (code,) = (block for block in BLOCKS if "convert_for_private_inference" in block)
+    exec(code, names)
+    assert 0 < names["plan"].softmax_heads <= 8
+    assert names["private"](torch.zeros(1, 4, dtype=torch.long)).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("table", ["table2", "table3"])
