@@ -14,7 +14,8 @@ from entropy_lib.entropy import attention_entropy
 class HeadStatistics(NamedTuple):
     """Of the softmax heads by layer: `entropy` and `dependence` [L][h] in nats, `by_distance` [L] of [h, T].
 
-    See `input_dependence`. `by_distance` at d is the mean weight of the key d tokens back, over queries that have one.
+    See `input_dependence`. `by_distance` at d is the mean weight of the key d tokens back, over the queries that have
+    one, leaving out the first token where it is another's key: trained heads park there, at no distance in particular.
     """
 
     entropy: list[list[float]]
@@ -58,6 +59,7 @@ def head_statistics(model: PreTrainedModel, blocks: Tensor, batch: int = 32) -> 
 
 def _of_means(rows: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Mean rows [h, T, T] and mean entropies of rows [h, T] -> entropy [h], dependence [h], by distance [h, T]."""
-    by_distance = [rows.diagonal(-distance, -2, -1).mean(-1) for distance in range(rows.shape[-1])]
+    back = [rows.diagonal(-distance, -2, -1) for distance in range(rows.shape[-1])]  # [h, T - d], from key 0 on
+    by_distance = [back[0].mean(-1), *(weights[:, 1:].sum(-1) / max(1, weights.shape[1] - 1) for weights in back[1:])]
     dependence = (attention_entropy(rows) - entropy).mean(-1)
     return entropy.mean(-1), dependence, torch.stack(by_distance, -1).float().cpu()
