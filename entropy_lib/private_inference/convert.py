@@ -23,8 +23,7 @@ def convert_for_private_inference(
     """A changed copy of a stock GPT-2, Llama, Mistral, Qwen2, Qwen3 or Gemma, to be fine-tuned by `fine_tune`.
 
     Heads that lose their softmax become `StaticHeads` and start from their own mean attention by distance, which the
-    plan measured, without what they park on the first token (SmolLM2-135M with 250 of its 270 softmaxes is at
-    perplexity 20 so and at 50 with it, notebook 12); distances beyond it start at 0, or are refused (Llama's kind). Norms but the last start as they are
+    plan measured; distances beyond it start at 0, or are refused (Llama's kind). Norms but the last start as they are
     and become constants during training (`Recipe.anneal_start`, `anneal_end`). The activation is ReLU at once. All else
     is untouched: with nothing to change the logits are the same.
 
