@@ -105,11 +105,14 @@ const title = (words) => {
   return made;
 };
 
-// Numbers from base64 of little-endian float32, and of float16.
+// Bytes from base64; those of numbers that stand in planes, as Python's in_planes has them; numbers from float16.
 const bytes = (base64) => Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0)).buffer;
-const floats = (base64) => new Float32Array(bytes(base64));
-const halves = (base64) =>
-  Float32Array.from(new Uint16Array(bytes(base64)), (bits) => {
+const woven = (base64, width) => {
+  const raw = new Uint8Array(bytes(base64)), count = raw.length / width;
+  return raw.map((_, k) => raw[(k % width) * count + Math.floor(k / width)]).buffer;
+};
+const halves = (buffer) =>
+  Float32Array.from(new Uint16Array(buffer), (bits) => {
     const exponent = (bits >> 10) & 31, fraction = bits & 1023, sign = bits >> 15 ? -1 : 1;
     if (exponent === 31) return fraction ? NaN : sign * Infinity;
     return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction / 1024) : 2 ** -14 * (fraction / 1024));

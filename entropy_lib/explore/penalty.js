@@ -27,7 +27,8 @@ const reaches = (length) => {
 
 // Of a run: heads with a softmax as { layer, head, E, theta (its own, NaN where none was learned) }.
 export const headsOf = (run) => {
-  const E = floats(run.entropy), thetas = run.thresholds ? floats(run.thresholds) : undefined;
+  const numbers = (packed) => packed && new Float32Array(woven(packed, 4));
+  const E = numbers(run.entropy), thetas = numbers(run.thresholds);
   const all = Array.from(E, (value, k) => ({ layer: Math.floor(k / run.heads), head: k % run.heads, E: value,
                                              theta: thetas?.[k] }));
   return all.filter(({ E }) => !Number.isNaN(E));

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import math
 from collections.abc import Sequence
 
@@ -15,13 +13,13 @@ from traitlets import Bool, Dict, Enum, Float, Int, List, TraitError, Unicode, v
 
 from entropy_lib.entropy import head_entropies, max_entropy
 from entropy_lib.explore.figures import COLLAPSE, HEALTHY, OVERLOAD, penalty_curve
-from entropy_lib.explore.module import ModuleExplorer, module_source
+from entropy_lib.explore.module import ModuleExplorer, in_planes, module_source, zipped
 from entropy_lib.explore.recorded_runs import folder_of, recorded, run_name
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.training.records import RunRecord
 
 POINTS = 161  # of the curves
-ROOM = 200_000  # of the page without a kernel: characters of its runs
+ROOM = 200_000  # of the page without a kernel: characters of its runs, each zipped by itself
 STATES = {"below": COLLAPSE, "inside": HEALTHY, "above": OVERLOAD}
 
 
@@ -78,12 +76,15 @@ class PenaltyExplorer(ModuleExplorer):
         return proposal["value"]
 
     def state(self) -> dict:
-        """What the page has without a kernel: if all runs take more than `ROOM`, the first seeds and the run shown."""
-        if len(json.dumps(self.runs)) <= ROOM:
-            return super().state()
-        pairs = zip(self.runs, self.records, strict=True)
+        """What the page has without a kernel: the run shown, the first seed of each model, and others, up to `ROOM`."""
+        kept, room, pairs = [], ROOM, zip(self.runs, self.records, strict=True)
         firsts = {(run["group"], record.variant): n for n, (run, record) in reversed([*enumerate(pairs)])}
-        kept = sorted({self.run, *firsts.values()})
+        for n in dict.fromkeys([self.run, *sorted(firsts.values()), *range(len(self.runs))]):
+            room -= len(zipped(self.runs[n]))
+            if room < 0 and n != self.run:
+                break
+            kept.append(n)
+        kept.sort()
         return super().state() | {"runs": [self.runs[n] for n in kept], "run": kept.index(self.run)}
 
     @property
@@ -178,7 +179,7 @@ def learned_thresholds(record: RunRecord) -> Tensor | None:
 
 
 def _of_run(record: RunRecord) -> dict:
-    """What the module needs of a run; numbers of heads as float32 in base64."""
+    """What the module needs of a run; numbers of heads as float32 in planes."""
     entropy, thresholds = head_entropies(record.entropy), learned_thresholds(record)
     return {
         "name": run_name(record),
@@ -187,10 +188,6 @@ def _of_run(record: RunRecord) -> dict:
         "heads": entropy.shape[1],
         "context_length": record.context_length,
         "eval_loss": record.eval_loss,
-        "entropy": _packed(entropy),
-        "thresholds": None if thresholds is None else _packed(thresholds),
+        "entropy": in_planes(entropy.numpy().astype("<f4")),
+        "thresholds": None if thresholds is None else in_planes(thresholds.numpy().astype("<f4")),
     }
-
-
-def _packed(numbers: Tensor) -> str:
-    return base64.b64encode(numbers.numpy().astype("<f4")).decode()

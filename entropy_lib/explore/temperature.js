@@ -1,7 +1,7 @@
 // The softmax temperature on real logits: attention, entropy and its slope, for a temperature of every head.
 // Logits as rows of what each query sees: [layer][head][query] of { z, keys } with the keys' indices.
 export const rowsOf = ({ logits, shape: [layers, heads, queries, keys], causal }) => {
-  const all = halves(logits);
+  const all = halves(woven(logits, 2));
   let at = 0;
   const row = (query) => {
     const width = causal ? query + 1 : keys, z = all.subarray(at, (at += width));

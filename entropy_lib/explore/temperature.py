@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 
 import torch
@@ -13,7 +12,7 @@ from traitlets import Bool, Enum, Float, Int, List, TraitError, Unicode, validat
 from entropy_lib.entropy import entropy_from_logits, log_softmax_and_softmax
 from entropy_lib.explore.attention_logits import AttentionLogits, as_logits, logits_of, read_logits
 from entropy_lib.explore.figures import lines
-from entropy_lib.explore.module import ModuleExplorer, keys_worth, module_source
+from entropy_lib.explore.module import ModuleExplorer, in_planes, keys_worth, module_source
 
 LOW, HIGH = 0.01, 100.0  # temperatures
 POINTS = 61  # of the curves
@@ -48,7 +47,7 @@ class TemperatureExplorer(ModuleExplorer):
     """
 
     _esm = module_source("temperature")
-    logits = Unicode().tag(sync=True, state=True)  # float16 in base64: of causal ones what each query sees, or all
+    logits = Unicode().tag(sync=True, state=True)  # float16 in planes: of causal ones what each query sees, or all
     shape = List(Int()).tag(sync=True, state=True)
     causal = Bool().tag(sync=True, state=True)
     tokens = List(Unicode()).tag(sync=True, state=True)
@@ -148,7 +147,7 @@ def _explorer_of(sample: AttentionLogits) -> TemperatureExplorer:
     explorer = TemperatureExplorer(
         shape=list(half.shape),
         causal=causal,
-        logits=base64.b64encode(sent.numpy().astype("<f2").tobytes()).decode(),
+        logits=in_planes(sent.numpy().astype("<f2")),
         tokens=list(sample.tokens),
         temperatures=[[1.0] * heads for _ in range(layers)],
         layer=layers // 2,

@@ -61,6 +61,17 @@ def open_html(page, tmp_path_factory):
     context.close()
 
 
+def test_a_browser_that_unzips_nothing_says_so(page, tmp_path):
+    (tmp_path / "page.html").write_text("<!doctype html><meta charset=utf-8>" + tug_of_war().html())
+    context = page.context.browser.new_context(offline=True)
+    old = context.new_page()
+    old.add_init_script("delete globalThis.DecompressionStream")
+    old.goto((tmp_path / "page.html").as_uri())
+    old.get_by_text("This browser is too old for that: Chrome 80, Firefox 113 or Safari 16.4").wait_for()
+    assert old.locator(".entropy-module").count() == 0
+    context.close()
+
+
 def states():
     """States of the toy head: random ones, uniform and one-hot rows, a single query, in both forms."""
     generator = torch.Generator().manual_seed(0)
@@ -207,6 +218,7 @@ def test_the_run_explorer_moves_without_a_kernel(open_html, recorded_runs):
     runs_as_recorded(page, explorer, levels=254)
     assert page.locator(".entropy-more").count() == 0
     assert position.get_attribute("aria-valuetext") == "step 1"
+    explorer.step = 1  # not 0, which the page never says, so that each key is waited for
     position.focus()
     for key in ("ArrowRight", "ArrowRight", "PageUp", "ArrowLeft", "End"):  # each shows another record
         before = explorer.step

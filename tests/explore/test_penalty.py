@@ -12,6 +12,7 @@ from entropy_lib import EntropyRegularization, max_entropy
 
 pytest.importorskip("anywidget")
 explore = pytest.importorskip("entropy_lib.explore")
+from entropy_lib.explore import penalty  # noqa: E402
 from entropy_lib.explore.recorded_runs import RUNS, recorded  # noqa: E402
 from entropy_lib.training.records import RunRecord, load_runs  # noqa: E402
 
@@ -153,10 +154,15 @@ def test_the_still_has_every_head_on_its_curve(explorer):
         np.testing.assert_allclose(dots.y, heads[name])
 
 
-def test_without_a_kernel_a_model_has_its_first_seed_and_the_run_that_is_shown():
+def test_without_a_kernel_the_page_has_the_run_that_is_shown_first_seeds_and_others(monkeypatch):
     explorer = explore.penalty_explorer()
     explorer.run = next(n for n, run in enumerate(explorer.runs) if "seed 2" in run["name"])
     kept = explorer.state()
     assert kept["runs"][kept["run"]] == explorer.runs[explorer.run]
     firsts = {(run["group"], record.variant) for run, record in zip(explorer.runs, explorer.records, strict=True)}
-    assert len(kept["runs"]) == len(firsts) + 1 < len(explorer.runs)
+    assert firsts <= {(run["group"], run["name"].split(", seed")[0]) for run in kept["runs"]}
+    assert len(firsts) + 1 < len(kept["runs"]) < len(explorer.runs)
+    assert len(explorer.html()) < 190_000
+    monkeypatch.setattr(penalty, "ROOM", 10)
+    kept = explorer.state()
+    assert (kept["runs"], kept["run"]) == ([explorer.runs[explorer.run]], 0)

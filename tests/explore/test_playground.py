@@ -259,7 +259,7 @@ def test_without_a_kernel_the_page_has_what_was_made_or_two_prepared_runs(explor
     state = explorer.state()
     prepared = {run["variant"]: run["state"] for run in state["drawn"]["runs"].values()}
     assert prepared == {"SM": "collapsed", "SM+LN+G": "finished"}
-    assert len(explorer.html()) < 60_000
+    assert len(explorer.html()) < 32_000
     assert "Collapsed: 5 steps in a row" in playground.words_of(state)
     assert [line.name for line in explorer.still().data if line.name] == ["1 · SM", "2 · SM+LN+G"]
     explorer.run()

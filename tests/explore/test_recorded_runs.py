@@ -129,7 +129,7 @@ def test_without_a_kernel_the_page_has_some_runs_in_fewer_levels():
     explorer = explore.run_explorer()
     explorer.right = next(k for k, run in enumerate(explorer.runs) if run["group"] == "collapse")
     state = explorer.state()
-    assert len(explorer.html()) < 250_000
+    assert len(explorer.html()) < 160_000
     shown = [state["runs"][state[side]] for side in runs.SIDES]
     assert shown == [explorer.runs[explorer.left], explorer.runs[explorer.right]]
     assert len(state["runs"]) == len(state["histories"]) == len(explorer.runs) - state["left_out"] >= 10
