@@ -205,7 +205,7 @@ function render({ model, el }) {
     if (model.get("trouble")) return;
     if (key.split("\n")[0] !== model.get("model")) return (words.textContent = `${model.get("model")} reads the text …`);
     const parks = head.first > parked ? ": it parks there" : "";
-    const before = t === 1 ? "" : ` · at t = 1 ${significant(nats(headAt(reading.rows(layer, n), 1).mean))} nats`;
+    const before = t === 1 ? "" : ` · at t = 1: ${significant(nats(headAt(reading.rows(layer, n), 1).mean))} nats`;
     words.textContent = [
       ...(total > tokens.length ? [`The first ${tokens.length} of ${total} tokens.`] : []),
       `Token ${query}, ${quoted(tokens[query])}, looks with ${worth(nats(head.entropies[query]))} of ${row.length} ` +

@@ -244,7 +244,7 @@ class AttentionInspector(ModuleExplorer):
         lines[1] += ": it parks there" * (first > PARKED)
         if self.temperature != 1:
             before = self._certain(attention_entropy(self.attention[self.layer, self.head]).mean())
-            lines[1] += f" · at t = 1 {before.item():.3g} nats"
+            lines[1] += f" · at t = 1: {before.item():.3g} nats"
         cut = [f"The first {len(tokens)} of {total} tokens."] if total > len(tokens) else []
         return "\n".join([*cut, *lines])
 

@@ -129,7 +129,7 @@ def test_a_temperature_divides_the_logits_of_the_chosen_head(explorer):
         entropy = attention_entropy((logits[1, 2] / t).softmax(-1)).mean().item()
         told = re.search(r"head 2: ([\d.]+) nats", explorer.words())[1]
         assert float(told) == pytest.approx(entropy, rel=6e-3)
-        assert f"at t = 1 {attention_entropy(explorer.attention[1, 2]).mean():.3g} nats" in explorer.words()
+        assert f"at t = 1: {attention_entropy(explorer.attention[1, 2]).mean():.3g} nats" in explorer.words()
 
 
 @pytest.mark.parametrize("kind", ["recorded", "llama"])
