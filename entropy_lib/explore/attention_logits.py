@@ -40,6 +40,12 @@ class AttentionLogits:
             raise ValueError(f"{logits.shape[-1]} keys need as many tokens, got {len(self.tokens)}")
         object.__setattr__(self, "logits", logits.float() - logits.float().amax(-1, keepdim=True))
 
+    @property
+    def causal(self) -> bool:
+        """Whether query i sees the first i + 1 keys, there being as many keys as queries."""
+        seen = self.logits > -math.inf
+        return seen.shape[-2] == seen.shape[-1] and torch.equal(seen, torch.ones_like(seen).tril())
+
 
 def as_logits(logits) -> AttentionLogits:
     """Logits as an array [L, H, T_q, T_k] (or [H, T_q, T_k]: one layer), with positions for tokens."""

@@ -13,7 +13,7 @@ const STYLE = `
 .entropy-module svg text { fill: currentColor; font: 13px system-ui, sans-serif }
 .entropy-module [role=status] { min-height: 3em }
 .entropy-module [role=slider] { cursor: ns-resize; touch-action: none }
-.entropy-module [role=slider]:focus-visible { outline: 2px solid ${OVERLOAD}; outline-offset: 2px }
+.entropy-module [role=slider]:focus-visible, .entropy-module g[tabindex]:focus-visible { outline: 2px solid ${OVERLOAD}; outline-offset: 2px }
 .entropy-module .grid { stroke: currentColor; opacity: 0.18 }`;
 
 const make = (tag, attributes = {}, ...children) => {
@@ -158,6 +158,33 @@ const handle = (element, label, { get, put, at, step, low, high }) => {
     pressed.preventDefault(); // the page would scroll
     put(within(get() + move));
   });
+};
+
+// A map of heads as a control of the trait `selected`, which is [layer, head] or empty. Arrow keys move through `places`,
+// all there are; Escape leaves. Returns what a click on one does: the same again leaves it. `told` hears of clicks and
+// of Enter.
+const selecting = (model, map, places, told = () => {}) => {
+  set(map, { tabindex: 0, role: "group", "aria-label": "heads: the arrow keys select one, Escape none" });
+  const select = (place) => change(model, { selected: place });
+  map.addEventListener("keydown", (pressed) => {
+    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[pressed.key] ?? [];
+    const [layer, head] = model.get("selected"), none = layer === undefined;
+    if (pressed.key === "Escape") select([]);
+    else if (pressed.key === "Enter" && !none) told(layer, head);
+    else if (down === undefined) return;
+    else {
+      const ahead = places().filter(([l, n]) => Math.sign(l - layer) === down && Math.sign(n - head) === right);
+      const distance = ([l, n]) => Math.abs(l - layer) + Math.abs(n - head); // over static heads, which are no places
+      const next = none ? places()[0] : ahead.sort((a, b) => distance(a) - distance(b))[0];
+      if (next) select(next);
+    }
+    pressed.preventDefault(); // the page would scroll
+  });
+  return (layer, head) => {
+    if (String(model.get("selected")) === String([layer, head])) return select([]);
+    select([layer, head]);
+    told(layer, head);
+  };
 };
 
 // As Python's keys_worth.

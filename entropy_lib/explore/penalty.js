@@ -1,7 +1,7 @@
 // The entropy penalty on the heads of recorded runs: which it would push, which way, and how hard.
 // What one head of mean entropy E adds to the loss under threshold theta, and d(that)/dE, as EntropyRegularization has
-// it. Rows are at one share of what each can reach: E_i = E · log(i+1) / mean log(i+1).
-export const alone = (rules, length, E, theta) => {
+// it. Row i is at E · shares[i] and grows with E in proportion.
+export const alone = (rules, length, E, theta, shares = reaches(length).shares) => {
   const { weight, gamma, context, ceiling, per, reduction } = rules, reach = reaches(length);
   const edge = (i) => (ceiling === "causal" ? reach.rows[i] : Math.log(context));
   if (per === "head") {
@@ -11,26 +11,32 @@ export const alone = (rules, length, E, theta) => {
   }
   let penalty = 0, slope = 0;
   for (let i = 0; i < length; i++) {
-    const share = reach.rows[i] / reach.mean, deviation = E * share - theta * edge(i);
-    if (Math.abs(deviation) > gamma * edge(i)) (penalty += deviation ** 2), (slope += 2 * deviation * share);
+    const deviation = E * shares[i] - theta * edge(i);
+    if (Math.abs(deviation) > gamma * edge(i)) (penalty += deviation ** 2), (slope += 2 * deviation * shares[i]);
   }
   const of = weight / (reduction === "sum" ? 1 : length);
   return [of * penalty, of * slope];
 };
 
+const meanOf = (values) => values.reduce((a, b) => a + b, 0) / values.length;
+
+// What rows can reach, log(i+1). Of a recorded run rows are assumed at one share of it: E_i = E · log(i+1) / mean.
 const known = {};
 const reaches = (length) => {
   if (known[length]) return known[length];
-  const rows = Array.from({ length }, (_, i) => Math.log(i + 1));
-  return (known[length] = { rows, mean: rows.reduce((a, b) => a + b, 0) / length });
+  const rows = Array.from({ length }, (_, i) => Math.log(i + 1)), mean = meanOf(rows);
+  return (known[length] = { rows, mean, shares: rows.map((nats) => nats / mean) });
 };
 
-// Of a run: heads with a softmax as { layer, head, E, theta (its own, NaN where none was learned) }.
+// Of a run: heads with a softmax as { layer, head, E, shares, theta (its own, NaN where none was learned) }.
 export const headsOf = (run) => {
   const numbers = (packed) => packed && new Float32Array(woven(packed, 4));
-  const E = numbers(run.entropy), thetas = numbers(run.thresholds);
-  const all = Array.from(E, (value, k) => ({ layer: Math.floor(k / run.heads), head: k % run.heads, E: value,
-                                             theta: thetas?.[k] }));
+  const means = numbers(run.entropy), rows = numbers(run.rows), thetas = numbers(run.thresholds), T = run.context_length;
+  const all = Array.from({ length: run.layers * run.heads }, (_, k) => {
+    const own = rows && Float64Array.from(rows.subarray(k * T, (k + 1) * T)), E = own ? meanOf(own) : means[k];
+    const shares = own && E > 0 ? own.map((nats) => nats / E) : reaches(T).shares;
+    return { layer: Math.floor(k / run.heads), head: k % run.heads, E, shares, theta: thetas?.[k] };
+  });
   return all.filter(({ E }) => !Number.isNaN(E));
 };
 
@@ -39,27 +45,27 @@ export const headsOf = (run) => {
 export const penalties = (rules, run, heads = headsOf(run)) => {
   const top = rules.ceiling === "causal" ? reaches(run.context_length).mean : Math.log(rules.context);
   const layers = {}, own = rules.own && run.thresholds;
-  const shown = heads.map(({ layer, head, E, theta: learned }) => {
+  const shown = heads.map(({ layer, head, E, shares, theta: learned }) => {
     const theta = own ? learned : rules.theta, deviation = E - theta * top;
-    const [penalty, slope] = alone(rules, run.context_length, E, theta);
+    const [penalty, slope] = alone(rules, run.context_length, E, theta, shares);
     (layers[layer] ??= []).push(penalty);
     const state = deviation > rules.gamma * top ? 2 : deviation < -rules.gamma * top ? 0 : 1;
     return { layer, head, E, theta, deviation, penalty, slope: slope / heads.length, state };
   });
-  const mean = (values) => values.reduce((a, b) => a + b, 0) / values.length;
-  return { heads: shown, total: mean(Object.values(layers).map(mean)), top, own: Boolean(own) };
+  return { heads: shown, total: meanOf(Object.values(layers).map(meanOf)), top, own: Boolean(own) };
 };
 
 const RULES = ["theta", "gamma", "weight", "context", "ceiling", "per", "reduction", "own"], POINTS = 161;
 const WIDTH = 900, HEIGHT = 400, MAP = { x: 40, y: 30, size: 300 }, X = [440, 890];
 const PANELS = [{ top: 30, bottom: 180 }, { top: 215, bottom: 350 }];
+const HIDDEN = { visibility: "hidden" };
 const COLORS = [COLLAPSE, HEALTHY, OVERLOAD], MARKS = ["▼", "", "▲"], WORDS = ["below", "inside", "above"];
 
 function render({ model, el }) {
   const runs = model.get("runs"), colors = model.get("colors");
   const rules = () => Object.fromEntries(RULES.map((name) => [name, model.get(name)]));
-  let run, heads, cells, dots;
-  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": "map of heads, penalty, slope" });
+  let run, heads, marks, dots;
+  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group", "aria-label": "map of heads, penalty, slope" });
   const text = (x, y, words, more = {}, to = svg) => to.appendChild(make("text", { x, y, ...more }, words));
   const BOLD = { style: "font-weight: 600" };
   const heading = text(MAP.x, 18, "", BOLD);
@@ -77,6 +83,13 @@ function render({ model, el }) {
   const ticks = Array.from({ length: 7 }, () => text(0, PANELS[1].bottom + 18, "", { "text-anchor": "middle" }));
   const below = text((X[0] + X[1]) / 2, HEIGHT - 10, "", { "text-anchor": "middle" });
   const grid = svg.appendChild(make("g")), cloud = svg.appendChild(make("g"));
+  const outline = { fill: "none", stroke: OVERLOAD, "stroke-width": 2.5, "pointer-events": "none", class: "entropy-selected" };
+  const here = svg.appendChild(make("rect", outline)), rings = PANELS.map(() => svg.appendChild(make("circle", { ...outline, r: 7 })));
+  const tell = (layer, head) => {
+    const { group, name } = run;
+    window.dispatchEvent(new CustomEvent("entropy-head", { detail: { group, name, layer, head } })); // the run explorer hears it
+  };
+  const pick = selecting(model, grid, () => heads.map(({ layer, head }) => [layer, head]), tell);
   const words = make("div", { role: "status", "aria-live": "polite", class: "entropy-status" });
 
   const load = () => {
@@ -90,24 +103,33 @@ function render({ model, el }) {
     for (let head = 0; head < run.heads; head += run.heads > 8 ? 2 : 1) text(MAP.x + (head + 0.5) * w, MAP.y + MAP.size + 16, head, { "text-anchor": "middle" }, grid);
     text(MAP.x + MAP.size / 2, MAP.y + MAP.size + 34, "head", { "text-anchor": "middle" }, grid);
     text(0, MAP.y - 6, "layer", {}, grid);
-    cells = heads.map(({ layer, head, E }) => {
+    marks = heads.map(({ layer, head, E }) => {
       const box = { x: MAP.x + head * w + 1, y: MAP.y + layer * h + 1, width: w - 2, height: h - 2 };
-      const cell = grid.appendChild(make("rect", { ...box, fill: colors[Math.round((Math.min(E, most) / most) * (colors.length - 1))] }));
+      const cell = grid.appendChild(make("rect", { ...box, class: "entropy-cell",
+        fill: colors[Math.round((Math.min(E, most) / most) * (colors.length - 1))] }));
       cell.append(title(`layer ${layer}, head ${head}: ${E.toFixed(2)} nats`));
-      const mark = text(box.x + box.width / 2, box.y + box.height / 2 + 5, "", { "text-anchor": "middle", class: "entropy-mark" }, grid);
-      return mark;
+      cell.addEventListener("click", () => pick(layer, head));
+      return text(box.x + box.width / 2, box.y + box.height / 2 + 5, "", { "text-anchor": "middle", class: "entropy-mark" }, grid);
     });
     dots = heads.map(({ layer, head, E }) => PANELS.map(() => {
-      const dot = cloud.appendChild(make("circle", { r: 4 }));
+      const dot = cloud.appendChild(make("circle", { r: 4, class: "entropy-dot" }));
+      dot.addEventListener("click", () => pick(layer, head));
       dot.append(title(`layer ${layer}, head ${head}: ${E.toFixed(2)} nats`));
       return dot;
     }));
     heading.textContent = `entropy of every head, 0 to ${most.toFixed(2)} nats`;
     off(ownTheta, !run.thresholds);
+    if (model.get("selected").length && place() < 0) change(model, { selected: [] });
+  };
+
+  // The index of the selected head, -1 of none.
+  const place = () => {
+    const [layer, head] = model.get("selected");
+    return heads.findIndex((h) => h.layer === layer && h.head === head);
   };
 
   const draw = () => {
-    const now = rules(), found = penalties(now, run, heads), reach = reaches(run.context_length).mean;
+    const now = rules(), found = penalties(now, run, heads), chosen = found.heads[place()], reach = reaches(run.context_length).mean;
     off(context, now.ceiling === "causal");
     off(reduction, now.per === "head");
     off(shared, found.own);
@@ -127,9 +149,9 @@ function render({ model, el }) {
     for (const [k, [from, to]] of [[ends[0], low], [high, ends[1]]].entries()) {
       set(places[k], { x: x((from + to) / 2), visibility: to - from > 0.14 * (ends[1] - ends[0]) ? "visible" : "hidden" });
     }
-    // Over the distance from own thresholds there is one curve only where a head pays for its mean alone.
+    // At own thresholds, and with rows of their own, heads are on one curve only where they pay for their means alone.
     const [from, to] = found.own ? ends : [0, reach];
-    const points = found.own && now.per === "query" ? [] : along(from, to, at - margin, at + margin);
+    const points = now.per === "query" && (found.own || run.rows) ? [] : along(from, to, at - margin, at + margin);
     const curve = points.map((value) => {
       const [E, theta] = found.own ? [value + found.top, 1] : [value, now.theta];
       const [penalty, slope] = alone(now, run.context_length, E, theta);
@@ -146,8 +168,11 @@ function render({ model, el }) {
       const path = curve.map(([value, pair], i) => `${i ? "L" : "M"}${x(value).toFixed(1)} ${y(pair[k]).toFixed(1)}`);
       set(curves[k], { d: path.join("") });
       found.heads.forEach((h, i) => set(dots[i][k], { cx: x(h[nats]).toFixed(1), cy: y(values[i]).toFixed(1), fill: COLORS[h.state] }));
+      set(rings[k], chosen ? { cx: x(chosen[nats]), cy: y(k ? chosen.slope : chosen.penalty), visibility: "visible" } : HIDDEN);
     });
-    found.heads.forEach((h, i) => cells[i].textContent !== MARKS[h.state] && (cells[i].textContent = MARKS[h.state]));
+    const w = MAP.size / run.heads, h = MAP.size / run.layers;
+    set(here, chosen ? { x: MAP.x + chosen.head * w, y: MAP.y + chosen.layer * h, width: w, height: h, visibility: "visible" } : HIDDEN);
+    found.heads.forEach((h, i) => marks[i].textContent !== MARKS[h.state] && (marks[i].textContent = MARKS[h.state]));
     const span = ends[1] - ends[0], every = [0.1, 0.2, 0.5, 1, 2].find((n) => span / n <= 6) ?? 5;
     ticks.forEach((tick, k) => {
       const value = Math.ceil(ends[0] / every) * every + k * every;
@@ -158,6 +183,10 @@ function render({ model, el }) {
     words.textContent = `${WORDS.map((word, k) => `${count[k]} ${word}`).join(" · ")} · penalty ${significant(found.total)}`;
     if (run.eval_loss) words.textContent += `, ${significant((100 * found.total) / run.eval_loss, 2)}% of this run’s loss of ${significant(run.eval_loss)}`;
     words.textContent += " nats";
+    if (chosen) {
+      words.textContent += `\nlayer ${chosen.layer}, head ${chosen.head}: ${significant(chosen.E)} nats, ` +
+        `penalty ${significant(chosen.penalty)} nats, slope ${significant(chosen.slope)} nats per nat`;
+    }
   };
   const along = (from, to, ...edges) => {
     const points = Array.from({ length: POINTS }, (_, k) => from + ((to - from) * k) / (POINTS - 1));
@@ -189,12 +218,14 @@ function render({ model, el }) {
   );
   const queue = onceAFrame(draw);
   model.on("change:run", () => (follow(), queue()));
-  for (const name of RULES) model.on(`change:${name}`, queue);
+  for (const name of [...RULES, "selected"]) model.on(`change:${name}`, queue);
   follow();
   draw();
 }
 
 const MARK = `
+.entropy-module .entropy-status { white-space: pre-line }
+.entropy-module .entropy-cell, .entropy-module .entropy-dot { cursor: pointer }
 .entropy-module svg text.entropy-mark { fill: white; stroke: black; stroke-width: 2px; paint-order: stroke; font-size: 11px; pointer-events: none }
 .entropy-module select.entropy-run { max-width: 460px }`;
 

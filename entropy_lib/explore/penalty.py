@@ -1,4 +1,4 @@
-"""Explorer of the entropy penalty: which heads of a recorded run it would push, which way, and how hard."""
+"""Explorer of the entropy penalty: which heads of a recorded run, or of real rows, it would push, where, how hard."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from plotly.colors import sample_colorscale
 from torch import Tensor
-from traitlets import Bool, Dict, Enum, Float, Int, List, TraitError, Unicode, validate
+from traitlets import Bool, Dict, Enum, Float, Int, List, TraitError, Unicode, observe, validate
 
-from entropy_lib.entropy import head_entropies, max_entropy
+from entropy_lib.entropy import entropy_from_logits, head_entropies, max_entropy
+from entropy_lib.explore.attention_logits import AttentionLogits, read_logits
 from entropy_lib.explore.figures import COLLAPSE, HEALTHY, OVERLOAD, penalty_curve
 from entropy_lib.explore.module import ModuleExplorer, in_planes, module_source, zipped
 from entropy_lib.explore.recorded_runs import folder_of, recorded, run_name
@@ -20,40 +21,50 @@ from entropy_lib.training.records import RunRecord
 
 POINTS = 161  # of the curves
 ROOM = 200_000  # of the page without a kernel: characters of its runs, each zipped by itself
+REAL = "real rows"  # a group of the list
 STATES = {"below": COLLAPSE, "inside": HEALTHY, "above": OVERLOAD}
 
 
-def penalty_explorer(record: RunRecord | Sequence[RunRecord] | None = None) -> PenaltyExplorer:
+def penalty_explorer(
+    record: RunRecord | AttentionLogits | Sequence[RunRecord | AttentionLogits] | None = None,
+) -> PenaltyExplorer:
     """The penalty of `EntropyRegularization` on the heads of recorded runs, by θ, γ, λ, T, ceiling, per, reduction.
 
     Args:
-        record: one run record or several to choose from; None for those in data/runs.
+        record: a run record, causal attention logits, or several of either to choose from; None for the records in
+            data/runs and the logits of `read_logits`.
 
     Every dot is a head at its mean entropy E in nats, under one threshold θ for all or each under its own learned one.
     A record does not hold the rows of a head: they are taken at one share of what each can reach,
-    E_i = E · log(i+1) / mean_i log(i+1). With per="head" that makes no difference. T is the `context_size` in
-    E_max = log T. The gradient is d(loss)/dE of one head, the loss being the mean over all heads for one sequence:
-    where layers differ in softmax heads that panel weighs heads alike, the loss in words weighs layers alike, as the
-    library does. Static heads have no entropy and no share in it. Raises ValueError where there is no record of a
-    model with a softmax.
+    E_i = E · log(i+1) / mean_i log(i+1). Logits have real rows, so that no assumption is made, and no curve goes
+    through the dots with per="query": heads of one E pay differently. With per="head" rows make no difference. T is
+    the `context_size` in E_max = log T. The gradient is d(loss)/dE of one head whose rows all grow in proportion,
+    dE_i/dE = E_i/E (what each can reach where E = 0), the loss being the mean over all heads for one sequence: where
+    layers differ in softmax heads that panel weighs heads alike, the loss in words weighs layers alike, as the library
+    does. Static heads have no entropy and no share in it. Click a head, or move through the map by the arrow keys, to
+    read its numbers; a click and Enter show it in the page's run explorer too. Raises ValueError where there is no
+    record of a model with a softmax, and for logits that are not causal.
     """
-    records = [record for record in recorded(record) if not head_entropies(record.entropy).isnan().all()]
+    given = recorded([record] if isinstance(record, AttentionLogits) else record)
+    records = [r for r in given if isinstance(r, AttentionLogits) or not head_entropies(r.entropy).isnan().all()]
     if not records:
         raise ValueError("no head of these records has a softmax, so there is no entropy to penalise")
-    explorer = PenaltyExplorer(runs=[_of_run(record) for record in records])
-    explorer.records = records
-    first = records[0]  # the controls start as the first run was trained
-    explorer.context = first.context_length
-    explorer.gamma = first.recipe.get("tolerance_margin_factor", 0.2)
-    explorer.weight = first.recipe.get("loss_coeff") or 1e-5  # of a run without a penalty too
+    if record is None:
+        records.append(read_logits())
+    explorer = PenaltyExplorer(records)
+    if isinstance(first := records[0], RunRecord):  # the controls start as the first run was trained
+        explorer.gamma = first.recipe.get("tolerance_margin_factor", 0.2)
+        explorer.weight = first.recipe.get("loss_coeff") or 1e-5  # of a run without a penalty too
+    explorer.context = explorer.length
     return explorer
 
 
 class PenaltyExplorer(ModuleExplorer):
     """See `penalty_explorer`. Traits: run (index), theta, gamma, weight (λ), context (T), ceiling, per, reduction, own.
 
-    With `own` each head has the threshold that it learned, if the run learned any. What the module shows is here by
-    torch: `heads`, `loss`, `words`.
+    With `own` each head has the threshold that it learned, if the run learned any. `selected` is [layer, head] of one
+    with a softmax, or empty; a run without that head empties it. What the module shows is here by torch: `heads`,
+    `loss`, `words`.
     """
 
     _esm = module_source("penalty")
@@ -67,7 +78,12 @@ class PenaltyExplorer(ModuleExplorer):
     per = Enum(["head", "query"], "head").tag(sync=True, state=True)
     reduction = Enum(["mean", "sum"], "mean").tag(sync=True, state=True)
     own = Bool(False).tag(sync=True, state=True)
+    selected = List(Int()).tag(sync=True, state=True)
     colors = List(Unicode(), sample_colorscale("Cividis", 64)).tag(sync=True, state=True)
+
+    def __init__(self, records: Sequence[RunRecord | AttentionLogits]):
+        self.records, self._rows = list(records), [_rows(record) for record in records]
+        super().__init__(runs=[_for_page(*pair) for pair in zip(self.records, self._rows, strict=True)])
 
     @validate("run")
     def _one_of_them(self, proposal):
@@ -75,10 +91,25 @@ class PenaltyExplorer(ModuleExplorer):
             raise TraitError(f"run is an index of {len(self.runs)} records")
         return proposal["value"]
 
+    @validate("selected")
+    def _a_head(self, proposal):
+        if proposal["value"] and not self._has(proposal["value"]):
+            raise TraitError(f"selected is [layer, head] of a head with a softmax, or empty; got {proposal['value']}")
+        return proposal["value"]
+
+    @observe("run")
+    def _unselect(self, change):
+        if self.selected and not self._has(self.selected):
+            self.selected = []
+
+    def _has(self, place: list[int]) -> bool:
+        return place in (~self.entropy.isnan()).nonzero().tolist()
+
     def state(self) -> dict:
         """What the page has without a kernel: the run shown, the first seed of each model, and others, up to `ROOM`."""
         kept, room, pairs = [], ROOM, zip(self.runs, self.records, strict=True)
-        firsts = {(run["group"], record.variant): n for n, (run, record) in reversed([*enumerate(pairs)])}
+        models = [(run["group"], getattr(record, "variant", run["name"])) for run, record in pairs]
+        firsts = {model: n for n, model in reversed([*enumerate(models)])}
         for n in dict.fromkeys([self.run, *sorted(firsts.values()), *range(len(self.runs))]):
             room -= len(zipped(self.runs[n]))
             if room < 0 and n != self.run:
@@ -88,13 +119,23 @@ class PenaltyExplorer(ModuleExplorer):
         return super().state() | {"runs": [self.runs[n] for n in kept], "run": kept.index(self.run)}
 
     @property
-    def record(self) -> RunRecord:
+    def record(self) -> RunRecord | AttentionLogits:
         return self.records[self.run]
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Entropies of real rows, [layers, heads, T] in nats, None for a recorded run."""
+        return self._rows[self.run]
+
+    @property
+    def length(self) -> int:
+        """T of the run's rows."""
+        return self.runs[self.run]["context_length"]
 
     @property
     def entropy(self) -> Tensor:
         """Mean entropies of the run's heads, [layers, heads] in nats, NaN for static ones."""
-        return head_entropies(self.record.entropy)
+        return head_entropies(self.record.entropy) if self.rows is None else self.rows.mean(-1)
 
     def regularization(self) -> EntropyRegularization:
         """The library's regulariser as the traits stand."""
@@ -108,7 +149,7 @@ class PenaltyExplorer(ModuleExplorer):
 
     def loss(self) -> float:
         """The regularisation loss of all heads, λ included."""
-        rows = [layer[~layer.isnan(), None] * self._shares for layer in self.entropy]  # [h, T] each; static come last
+        rows = [layer[~layer.isnan().any(-1)] for layer in self.entropy[..., None] * self._shares]  # static come last
         thresholds = self.thresholds()[:, : max(map(len, rows))]
         return self.regularization()([layer[None] for layer in rows], thresholds).item()
 
@@ -119,7 +160,7 @@ class PenaltyExplorer(ModuleExplorer):
         """
         real = ~self.entropy.isnan()
         entropy, theta = self.entropy[real], self.thresholds()[real]
-        penalty, gradient = self._alone(entropy, theta)
+        penalty, gradient = self._alone(entropy, theta, self._shares.expand(*real.shape, -1)[real])
         deviation, margin = entropy - theta * self._top, self.gamma * self._top
         state = 1 + (deviation > margin).int() - (deviation < -margin).int()
         return {"entropy": entropy, "penalty": penalty, "gradient": gradient / len(entropy), "state": state}
@@ -129,15 +170,26 @@ class PenaltyExplorer(ModuleExplorer):
         counts = torch.bincount(self.heads()["state"], minlength=3).tolist()
         words = " · ".join(f"{count} {name}" for count, name in zip(counts, STATES, strict=True))
         words += f" · penalty {self.loss():.3g}"
-        if self.record.eval_loss:
-            share = 100 * self.loss() / self.record.eval_loss
-            words += f", {share:.2g}% of this run’s loss of {self.record.eval_loss:.3g}"
-        return words + " nats"
+        if loss := self.runs[self.run]["eval_loss"]:
+            words += f", {100 * self.loss() / loss:.2g}% of this run’s loss of {loss:.3g}"
+        return "\n".join([words + " nats", *self._told()])
+
+    def _told(self) -> list[str]:
+        """A line on the head that is selected, if one is."""
+        if not self.selected:
+            return []
+        heads, place = self.heads(), (~self.entropy.isnan()).nonzero().tolist().index(self.selected)
+        nats, penalty, slope = (heads[name][place].item() + 0.0 for name in ("entropy", "penalty", "gradient"))  # no -0
+        return [
+            f"layer {self.selected[0]}, head {self.selected[1]}: {nats:.3g} nats, penalty {penalty:.3g} nats, "
+            f"slope {slope:.3g} nats per nat"
+        ]
 
     def still(self):
         """Penalty and gradient of every head under one θ, as a figure."""
-        grid = torch.linspace(0, max_entropy(self.record.context_length, causal=True).mean(), POINTS).double()
-        curves = self._alone(grid, torch.full_like(grid, self.theta))
+        reach, one_curve = self._reach, self.rows is None or self.per == "head"
+        grid = torch.linspace(0, reach.mean(), POINTS if one_curve else 1, dtype=torch.float64)
+        curves = self._alone(grid, torch.full_like(grid, self.theta), (reach / reach.mean()).expand(len(grid), -1))
         curves = [curves[0], curves[1] / (~self.entropy.isnan()).sum()]
         title = "The penalty pushes a head only once it has left the band"
         options = {"threshold": self.theta, "margin": self.gamma, "ceiling": self._top, "title": title}
@@ -150,44 +202,69 @@ class PenaltyExplorer(ModuleExplorer):
             title_text="d loss / dE (nats per nat)", col=2
         )
 
-    def _alone(self, entropy: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """What one head adds and d(that)/dE, for each of [n] heads on its own: [n], [n]."""
+    def _alone(self, entropy: Tensor, theta: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+        """What one head adds and d(that)/dE, for each of [n] heads on its own, with shares [n, T]: [n], [n]."""
         regularization = self.regularization()
 
-        def one(mean: Tensor, theta: Tensor) -> Tensor:
-            return regularization([(mean * self._shares)[None, None]], theta[None])
+        def one(mean: Tensor, theta: Tensor, shares: Tensor) -> Tensor:
+            return regularization([(mean * shares)[None, None]], theta[None])
 
-        gradient, penalty = torch.func.vmap(torch.func.grad_and_value(one))(entropy, theta)
+        gradient, penalty = torch.func.vmap(torch.func.grad_and_value(one))(entropy, theta, shares)
         return penalty, gradient
 
     @property
     def _top(self) -> float:
-        causal = max_entropy(self.record.context_length, causal=True, dtype=torch.float64).mean().item()
-        return causal if self.ceiling == "causal" else math.log(self.context)
+        return self._reach.mean().item() if self.ceiling == "causal" else math.log(self.context)
+
+    @property
+    def _reach(self) -> Tensor:
+        return max_entropy(self.length, causal=True, dtype=torch.float64)
 
     @property
     def _shares(self) -> Tensor:
-        reach = max_entropy(self.record.context_length, causal=True, dtype=torch.float64)
-        return reach / reach.mean()
+        """What rows have of their head's mean entropy: [T], assumed alike for all, or real, [layers, heads, T]."""
+        assumed = self._reach / self._reach.mean()
+        if self.rows is None:
+            return assumed
+        mean = self.rows.mean(-1, keepdim=True)
+        return torch.where(mean > 0, self.rows / mean, assumed)
 
 
-def learned_thresholds(record: RunRecord) -> Tensor | None:
+def learned_thresholds(record: RunRecord | AttentionLogits) -> Tensor | None:
     """θ [layers, heads] at the end of a run, None where none were learned."""
-    if not record.variant.startswith("EReg") or record.history is None:
+    if isinstance(record, AttentionLogits) or not record.variant.startswith("EReg") or record.history is None:
         return None
     return head_entropies(np.stack(record.history["thresholds"].iloc[-1]))
 
 
-def _of_run(record: RunRecord) -> dict:
-    """What the module needs of a run; numbers of heads as float32 in planes."""
-    entropy, thresholds = head_entropies(record.entropy), learned_thresholds(record)
+def _rows(record: RunRecord | AttentionLogits) -> Tensor | None:
+    """Entropies of the rows of logits, [layers, heads, T] in nats, as the page has them; None of a record."""
+    if isinstance(record, RunRecord):
+        return None
+    if not record.causal or len(record.tokens) < 2:
+        raise ValueError(
+            "real rows are those of causal attention to two tokens or more, logits [layers, heads, T, T]; "
+            f"got {list(record.logits.shape)}" + ", not causal" * (not record.causal)
+        )
+    return entropy_from_logits(record.logits.double()).float().double()
+
+
+def _for_page(record: RunRecord | AttentionLogits, rows: Tensor | None) -> dict:
+    """What the module needs of a run or of real rows; numbers of heads as float32 in planes."""
+
+    def packed(numbers: Tensor | None) -> str | None:
+        return None if numbers is None else in_planes(numbers.numpy().astype("<f4"))
+
+    real = rows is not None
+    entropy = rows.mean(-1) if real else head_entropies(record.entropy)
     return {
-        "name": run_name(record),
-        "group": folder_of(record),
+        "name": f"{record.origin}: {len(record.tokens)} tokens" if real else run_name(record),
+        "group": REAL if real else folder_of(record),
         "layers": entropy.shape[0],
         "heads": entropy.shape[1],
-        "context_length": record.context_length,
-        "eval_loss": record.eval_loss,
-        "entropy": in_planes(entropy.numpy().astype("<f4")),
-        "thresholds": None if thresholds is None else in_planes(thresholds.numpy().astype("<f4")),
+        "context_length": len(record.tokens) if real else record.context_length,
+        "eval_loss": None if real else record.eval_loss,
+        "entropy": None if real else packed(entropy),
+        "rows": packed(rows),
+        "thresholds": packed(learned_thresholds(record)),
     }

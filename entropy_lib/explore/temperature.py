@@ -141,12 +141,11 @@ def _explorer_of(sample: AttentionLogits) -> TemperatureExplorer:
     seen = sample.logits > -math.inf
     half = sample.logits.clamp(min=_LEAST).half().masked_fill(~seen, -math.inf)
     layers, heads, queries, keys = half.shape
-    causal = queries == keys and torch.equal(seen, torch.ones_like(seen).tril())
     rows, columns = torch.tril_indices(queries, keys)
-    sent = half[..., rows, columns] if causal else half
+    sent = half[..., rows, columns] if sample.causal else half
     explorer = TemperatureExplorer(
         shape=list(half.shape),
-        causal=causal,
+        causal=sample.causal,
         logits=in_planes(sent.numpy().astype("<f2")),
         tokens=list(sample.tokens),
         temperatures=[[1.0] * heads for _ in range(layers)],

@@ -29,6 +29,7 @@ from entropy_lib.explore import (
     training_playground,
     tug_of_war,
 )
+from entropy_lib.explore.attention_logits import AttentionLogits, read_logits
 from entropy_lib.explore.inspector import habit, on_the_first
 from entropy_lib.explore.playground import entropies_of, words_of
 from entropy_lib.explore.pricing import CHOICES
@@ -116,15 +117,19 @@ RULES = {  # what the traits of the penalty explorer may be; t stands for a shar
 
 @pytest.fixture(scope="module")
 def penalty():
-    """A run that learned thresholds, one that did not, and one whose layers differ in softmax heads."""
+    """A run that learned thresholds, one that did not, two whose layers differ in softmax heads; two of real rows."""
+    logits = 5 * torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    logits[0, 1] = 1e6 * torch.eye(6)  # a head without entropy
+    logits = logits.masked_fill(~torch.ones(6, 6).tril().bool(), -torch.inf)
     records = {record.variant: record for record in recorded(None)}
     wanted = ("EReg(SM(t)+ScFuFFN)", "SM+ScFuFFN", "SM(0,0,1)+LN(a)+R+V", "EReg(SM(3)+LN(a)+R+V)")
-    return penalty_explorer([records[name] for name in wanted])
+    real = [read_logits(), AttentionLogits(logits, tuple("abcdef"), "made up")]
+    return penalty_explorer([*(records[name] for name in wanted), *real])
 
 
 def test_the_penalty_module_computes_what_the_library_does(open_html, penalty):
     page, generator = open_html(penalty), torch.Generator().manual_seed(0)
-    for case in range(40):
+    for case in range(60):
         penalty.run = case % len(penalty.runs)
         for name, value in zip(RULES, torch.rand(len(RULES), generator=generator).tolist(), strict=True):
             setattr(penalty, name, RULES[name](value))
@@ -171,8 +176,71 @@ def test_the_penalty_explorer_moves_without_a_kernel(open_html):
     page.keyboard.press("Home")
     explorer.weight = 1e-7
     says()
-    assert page.locator("circle").count() == 2 * 144
+    assert page.locator(".entropy-dot").count() == 2 * 144
     assert page.errors == []
+
+
+def test_a_head_of_the_penalty_explorer_is_selected(open_html, penalty):
+    """By a click on its cell or dot, or by the arrow keys, over static heads too; and others on the page hear of it."""
+    penalty.run, penalty.theta, penalty.gamma, penalty.weight, penalty.context = 0, 0.5, 0.1, 1.0, 128
+    penalty.per, penalty.ceiling, penalty.own = "head", "context", False
+    page = open_html(penalty)
+    page.evaluate("window.heard = [], addEventListener('entropy-head', ({ detail }) => heard.push(detail))")
+    outlines = page.locator(".entropy-selected")
+
+    def selected(*place):
+        penalty.selected = list(place)
+        page.wait_for_function(
+            "words => document.querySelector('.entropy-status').textContent === words", arg=penalty.words()
+        )
+        assert (
+            outlines.evaluate_all("all => all.map((one) => one.checkVisibility({ visibilityProperty: true }))")
+            == [bool(place)] * 3
+        )  # a cell and two dots
+        if place:
+            index = (~penalty.entropy.isnan()).nonzero().tolist().index(penalty.selected)
+            cell, dots = page.locator(".entropy-cell").nth(index), page.locator(".entropy-dot")
+            marked = [cell, dots.nth(2 * index), dots.nth(2 * index + 1)]
+            for mark, outline in zip(marked, outlines.all(), strict=True):
+                (a, b) = mark.bounding_box(), outline.bounding_box()
+                assert a["x"] + a["width"] / 2 == pytest.approx(b["x"] + b["width"] / 2, abs=0.2)
+                assert a["y"] + a["height"] / 2 == pytest.approx(b["y"] + b["height"] / 2, abs=0.2)
+
+    selected()
+    page.locator(".entropy-cell").nth(3 * 12 + 5).click()
+    selected(3, 5)
+    page.locator(".entropy-cell").nth(3 * 12 + 5).click()
+    selected()
+    page.locator(".entropy-dot").nth(2 * 143 + 1).click()  # nothing is over the last
+    selected(11, 11)
+    page.locator(".entropy-run").select_option("2")  # whose first layers have no softmax
+    penalty.run = 2
+    page.locator("svg g[tabindex]").focus()
+    page.keyboard.press("Escape")
+    selected()
+    places = (~penalty.entropy.isnan()).nonzero().tolist()
+    for key in ("ArrowDown", "ArrowUp", "ArrowDown", "ArrowDown"):
+        page.keyboard.press(key)
+    column = [place for place in places if place[1] == places[0][1]]
+    selected(*column[2])
+    assert column[2][0] > 3
+    page.keyboard.press("Enter")
+    told = [(0, 3, 5), (0, 11, 11), (2, *column[2])]
+    assert page.evaluate("heard") == [
+        {"group": penalty.runs[run]["group"], "name": penalty.runs[run]["name"], "layer": layer, "head": head}
+        for run, layer, head in told
+    ]
+    page.locator(".entropy-run").select_option("5")  # of real rows, without a head so deep
+    penalty.run = 5
+    selected()
+    page.locator(".entropy-per").select_option("query")
+    penalty.per = "query"
+    page.locator(".entropy-cell").nth(4).click()
+    selected(1, 1)
+    assert page.locator("svg path").evaluate_all("all => all.map((path) => path.getAttribute('d'))") == ["", ""]
+    assert page.locator(".entropy-own").is_disabled()
+    assert page.errors == []
+    penalty.run, penalty.selected = 0, []
 
 
 @pytest.fixture(scope="module")
