@@ -23,6 +23,7 @@ const WIDTH = 900, HEIGHT = 652, COLUMNS = [[56, 440], [506, 890]];
 const MAP = { top: 24, bottom: 214 }, LAYERS = { top: 282, bottom: 372 }, BELOW = { top: 412, bottom: 496 };
 const BARS = { x: [200, 890], y: [562, 588], height: 20 };
 const STATIC = "rgba(140, 146, 156, 0.25)"; // a head without entropy
+const HIDDEN = { visibility: "hidden" };
 const SECONDS = 15; // of a whole run, played
 
 function render({ model, el }) {
@@ -31,7 +32,7 @@ function render({ model, el }) {
   const known = {};
   let shown = [], steps, top, pointed, timer, started;
 
-  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img",
+  const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "group",
     "aria-label": "two runs: maps of heads, layer entropies, learned parameter, loss, bands" });
   const text = (x, y, words, more = {}, to = svg) => to.appendChild(make("text", { x, y, ...more }, words));
   const BOLD = { style: "font-weight: 600" }, END = { "text-anchor": "end" }, MIDDLE = { "text-anchor": "middle" };
@@ -43,9 +44,16 @@ function render({ model, el }) {
   const sides = COLUMNS.map(([from, to], n) => {
     const name = text(from, 15, ""), told = text(to, 15, "", END);
     const map = svg.appendChild(make("g")), curves = svg.appendChild(make("g"));
+    const line = { fill: "none", "stroke-width": 2.5, "pointer-events": "none" };
+    const here = svg.appendChild(make("rect", { ...line, stroke: OVERLOAD, class: "entropy-selected" }));
+    const one = svg.appendChild(make("path", { ...line, stroke: "currentColor", class: "entropy-one" }));
+    const oneName = text(n ? from : to, LAYERS.top - 12, "", { "text-anchor": n ? "start" : "end", class: "entropy-one-name" });
     map.addEventListener("pointerover", ({ target }) => point(target.dataset.k && { n, k: Number(target.dataset.k) }));
     map.addEventListener("pointerleave", () => point());
-    return { from, to, name, told, map, curves };
+    const placeOf = (k) => [Math.floor(k / shown[n].heads), k % shown[n].heads];
+    const pick = selecting(model, map, () => (shown[n]?.cells ?? []).map((_, k) => placeOf(k)));
+    map.addEventListener("click", ({ target }) => target.dataset.k && pick(...placeOf(Number(target.dataset.k))));
+    return { from, to, name, told, map, curves, here, one, oneName };
   });
   const learned = svg.appendChild(make("g")), losses = svg.appendChild(make("g")), ticks = svg.appendChild(make("g"));
   for (const [from, to] of COLUMNS) text((from + to) / 2, BELOW.bottom + 34, "training step", MIDDLE);
@@ -139,9 +147,26 @@ function render({ model, el }) {
       const points = run.steps.map((step, k) => [across(COLUMNS[1], step), run.loss[k] === null ? NaN : y(run.loss[k])]);
       curve(points, { stroke: run.color, "stroke-width": 2, "stroke-dasharray": DASHES[n], class: "entropy-loss" }, losses);
     });
+    const [layer, head] = model.get("selected");
+    if (layer !== undefined && !shown.some((run) => layer < run.layers && head < run.heads)) change(model, { selected: [] });
     drawLearned();
+    drawSelected();
     return true;
   };
+
+  // The selected head's cells and its entropy through training, in each run that has it.
+  const drawSelected = () => shown.forEach((run, n) => {
+    const { from, to, here, one, oneName } = sides[n], [layer, head] = model.get("selected");
+    const w = (to - from) / run.heads, h = (MAP.bottom - MAP.top) / run.layers;
+    run.selected = layer < run.layers && head < run.heads ? layer * run.heads + head : undefined;
+    const some = run.selected !== undefined, size = run.layers * run.heads;
+    set(here, some ? { x: from + head * w, y: MAP.top + layer * h, width: w, height: h, visibility: "visible" } : HIDDEN);
+    const nats = some ? run.steps.map((_, k) => run.entropy[k * size + run.selected]) : [];
+    const y = (value) => LAYERS.bottom - (value / top) * (LAYERS.bottom - LAYERS.top);
+    set(one, { d: path(nats.map((value, k) => [across(COLUMNS[n], run.steps[k]), y(value)])) });
+    const drawn = nats.some((value) => !Number.isNaN(value));
+    oneName.textContent = some ? `${drawn ? "━ " : ""}layer ${layer}, head ${head}${drawn ? "" : ": static"}` : "";
+  });
 
   const drawLearned = () => {
     const column = model.get("learned"), found = shown.map((run) => run.learned[column]);
@@ -187,9 +212,12 @@ function render({ model, el }) {
         set(cell, { fill: colors[shade] ?? STATIC });
       });
       const loss = run.loss[k] === null ? "not finite" : run.loss[k].toFixed(3), [low, middle, high] = run.states[k];
-      const without = size - low - middle - high;
+      const without = size - low - middle - high, one = run.selected;
+      const told = (k) => `layer ${Math.floor(k / run.heads)}, head ${k % run.heads}: ` +
+        (Number.isNaN(map[k]) ? "static" : `${map[k].toFixed(run.digits)} nats`);
       const said = [run.variant, ` at step ${run.steps[k]}: loss ${loss} · `, `${low} ${STATES[0]}`,
-                    ` · ${middle} ${STATES[1]} · `, `${high} ${STATES[2]}`, without ? ` · ${without} static` : ""];
+                    ` · ${middle} ${STATES[1]} · `, `${high} ${STATES[2]}`,
+                    (without ? ` · ${without} static` : "") + (one === undefined ? "" : ` · ${told(one)}`)];
       said.forEach((part, i) => lines[n][i].textContent !== part && (lines[n][i].textContent = part));
       let x = BARS.x[0];
       run.bands[k].forEach((share, band) => {
@@ -200,10 +228,8 @@ function render({ model, el }) {
         if (label.textContent !== percent) label.textContent = percent;
         x += width;
       });
-      const [layer, head] = pointed?.n === n ? [Math.floor(pointed.k / run.heads), pointed.k % run.heads] : [];
-      const nats = head === undefined || Number.isNaN(map[pointed.k]) ? "static" : `${map[pointed.k].toFixed(run.digits)} nats`;
-      const told = head === undefined ? "" : `layer ${layer}, head ${head}: ${nats}`;
-      if (sides[n].told.textContent !== told) sides[n].told.textContent = told;
+      const over = pointed?.n === n && pointed.k < size ? told(pointed.k) : "";
+      if (sides[n].told.textContent !== over) sides[n].told.textContent = over;
     });
   };
   const queue = onceAFrame(draw);
@@ -261,11 +287,21 @@ function render({ model, el }) {
   for (const name of [...SIDES, "histories"]) model.on(`change:${name}`, reload);
   model.on("change:learned", drawLearned);
   model.on("change:step", queue);
+  model.on("change:selected", () => (drawSelected(), queue()));
+  // A head that was selected in another explorer of the page, the penalty's, say.
+  const hear = ({ detail: { group, name, layer, head } }) => {
+    const left = runs.findIndex((run) => run.group === group && run.name === name);
+    if (left < 0) return;
+    change(model, { left, selected: [layer, head] });
+    el.scrollIntoView({ block: "nearest" });
+  };
+  window.addEventListener("entropy-head", hear);
   if (load()) draw();
-  return stop;
+  return () => (stop(), window.removeEventListener("entropy-head", hear));
 }
 
 const MARK = `
+.entropy-module .entropy-cell { cursor: pointer }
 .entropy-module svg text.entropy-mark { fill: white; stroke: black; stroke-width: 2px; paint-order: stroke; font-size: 11px; pointer-events: none }
 .entropy-module select.entropy-left, .entropy-module select.entropy-right { max-width: 330px }
 .entropy-module input.entropy-step { width: 260px }

@@ -71,8 +71,10 @@ def run_explorer(records: RunRecord | Sequence[RunRecord] | None = None) -> RunE
         records: run records (None for those in data/runs). Two runs are compared at the same step; where a run has no
             record of it, at its last one before.
 
-    Entropies are those of the training batch, in nats; θ and t are means over the heads of a layer. Without a kernel
-    the lists hold the runs that fit into the page. Raises ValueError where there is no record.
+    Entropies are those of the training batch, in nats; θ and t are means over the heads of a layer. Click a head, or
+    move through a map by the arrow keys, to follow it through training in both runs; what is selected in the page's
+    penalty explorer is shown here too, on the left. Without a kernel the lists hold the runs that fit into the page.
+    Raises ValueError where there is no record.
     """
     return RunExplorer(recorded(records))
 
@@ -80,7 +82,8 @@ def run_explorer(records: RunRecord | Sequence[RunRecord] | None = None) -> RunE
 class RunExplorer(ModuleExplorer):
     """See `run_explorer`. Traits: left and right (indices of runs), step (of training), learned (which parameter).
 
-    `histories` are of the two runs that are shown. What the page says is here from the records: `shown`, `words`.
+    `selected` is [layer, head] of at least one of the two runs that are shown, or empty. `histories` are of these two.
+    What the page says is here from the records: `shown`, `words`.
     """
 
     _esm = module_source("recorded_runs")
@@ -91,6 +94,7 @@ class RunExplorer(ModuleExplorer):
     right = Int(0, min=0).tag(sync=True, state=True)
     step = Int(0, min=0).tag(sync=True, state=True)
     learned = Enum(list(SYMBOLS), "thresholds").tag(sync=True, state=True)
+    selected = List(Int()).tag(sync=True, state=True)
     symbols = Dict(SYMBOLS).tag(sync=True, state=True)
     colors = List(Unicode(), sample_colorscale("Cividis", 64)).tag(sync=True, state=True)
     shades = List(Unicode(), sample_colorscale("Purples", np.linspace(0.4, 0.8, 18))).tag(sync=True, state=True)
@@ -108,8 +112,20 @@ class RunExplorer(ModuleExplorer):
             raise TraitError(f"{proposal['trait'].name} is an index of {len(self.records)} records")
         return proposal["value"]
 
+    @validate("selected")
+    def _a_head(self, proposal):
+        if proposal["value"] and not self._has(proposal["value"]):
+            raise TraitError(f"selected is [layer, head] of one of the two runs, or empty; got {proposal['value']}")
+        return proposal["value"]
+
+    def _has(self, place: list[int]) -> bool:
+        shapes = [np.shape(self.shown(side)[0].entropy) for side in SIDES]
+        return len(place) == 2 and any(0 <= place[0] < layers and 0 <= place[1] < heads for layers, heads in shapes)
+
     @observe("left", "right")
     def _hand_over(self, change=None):
+        if self.selected and not self._has(self.selected):
+            self.selected = []
         for index in (self.left, self.right):
             if index not in self._packed:
                 self._packed[index] = _history(self.records[index], np.arange(len(self.records[index].history)), EXACT)
@@ -141,16 +157,21 @@ class RunExplorer(ModuleExplorer):
         record = self.records[getattr(self, side)]
         return record, max(int(record.history["step"].searchsorted(self.step, side="right")) - 1, 0)
 
-    def words(self) -> str:
-        """What the explorer says of the two runs, a line each."""
+    def words(self, digits: int = 2) -> str:
+        """What the explorer says of the two runs, a line each; without a kernel an entropy has one digit."""
         lines = []
         for record, row in map(self.shown, SIDES):
             now = record.history.iloc[row]
             loss = f"{now['loss']:.3f}" if math.isfinite(now["loss"]) else "not finite"
             states, _ = counts(now["entropy"], record.context_length)
             heads = " · ".join(f"{count} {state}" for state, count in states.items())
-            static = int(head_entropies(now["entropy"]).isnan().sum())
+            entropy = head_entropies(now["entropy"])
+            static = int(entropy.isnan().sum())
             heads += f" · {static} static" * (static > 0)
+            if self.selected and all(n < count for n, count in zip(self.selected, entropy.shape, strict=True)):
+                nats = entropy[tuple(self.selected)].item()
+                heads += " · layer {}, head {}: ".format(*self.selected)
+                heads += "static" if math.isnan(nats) else f"{nats:.{digits}f} nats"
             lines.append(f"{record.variant} at step {now['step']}: loss {loss} · {heads}")
         return "\n".join(lines)
 

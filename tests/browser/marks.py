@@ -54,6 +54,15 @@ def runs_as_recorded(root, explorer, levels: int):
             here, learnt = learnt[: entropy.shape[1]], learnt[entropy.shape[1] :]
             for d, layer in zip(here, means[side].T, strict=True):
                 np.testing.assert_allclose(places(d)[1], 493 - 78 * (layer - low) / span, atol=0.06)
+        assert drawn("selected", "visibility")[side] == ("visible" if has(entropy[0], explorer.selected) else "hidden")
+        one = entropy[:, explorer.selected[0], explorer.selected[1]] if has(entropy[0], explorer.selected) else []
+        d = drawn("one", "d")[side]
+        if np.isfinite(one).all() and len(one):
+            np.testing.assert_allclose(places(d)[0], left + 384 * steps / last, atol=0.06)
+            np.testing.assert_allclose(places(d)[1], 372 - 90 * one / top, atol=0.06 + 45 / levels)
+            assert texts.count("━ layer {}, head {}".format(*explorer.selected)) >= 1
+        else:
+            assert d == ""
     assert (fills, curves, learnt) == ([], [], [])
     assert ("neither run learned it" in texts) == (not len(found))
     for d, left in zip(drawn("cursor", "d"), (56, 506), strict=True):
@@ -88,6 +97,11 @@ def inspector_as_computed(root, explorer, entropy, attention, levels: int = 65_5
     np.testing.assert_allclose(y, 334 - 290 * nats / most, atol=0.06 + 2 * coarse)
     dot = float(root.locator(".entropy-here").get_attribute("cy"))
     assert dot == pytest.approx(y[explorer.position], abs=0.11)
+
+
+def has(heads, place: list[int]) -> bool:
+    """Whether [layers, heads] has this [layer, head]."""
+    return bool(place) and place[0] < heads.shape[0] and place[1] < heads.shape[1]
 
 
 def losses_of(record) -> list[float]:

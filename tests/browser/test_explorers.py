@@ -7,7 +7,7 @@ import torch
 from marks import inspector_as_computed, runs_as_recorded
 
 from entropy_lib import record_entropy
-from entropy_lib.explore import attention_inspector, run_explorer
+from entropy_lib.explore import attention_inspector, penalty_explorer, run_explorer
 from entropy_lib.explore.inspector import TEXTS
 from entropy_lib.explore.recorded_runs import recorded
 from entropy_lib.explore.tiny_model import load_tiny_model
@@ -39,6 +39,40 @@ def test_runs(page, records):
     assert 0 < explorer.step < explorer.shown("right")[0].history["step"].iloc[-1]
     root.locator(".entropy-status", has_text=explorer.words()).wait_for()
     runs_as_recorded(root, explorer, levels=65_535)
+
+
+def test_a_head_of_the_penalty_is_shown_by_the_runs(page, records):
+    """The kernel sends the history of a run that was not shown; both know the head, and the arrow keys move it."""
+    heads = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-gamma)")
+    root = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-right)")
+    penalty, explorer = penalty_explorer(), run_explorer(records)
+    penalty.run, record = next((n, r) for n, r in enumerate(penalty.records) if getattr(r, "size", "") == "gpt2-18l")
+    explorer.left = [other.path for other in records].index(record.path)
+    explorer.right = int(root.locator(".entropy-right").input_value())
+    explorer.step = int(root.locator("output").inner_text())
+    heads.scroll_into_view_if_needed()
+    heads.locator(".entropy-run").select_option(str(penalty.run))
+    heads.locator(".entropy-cell").nth(17 * 12 + 5).click()
+    penalty.selected = explorer.selected = [17, 5]
+    heads.locator(".entropy-status", has_text=penalty.words()).wait_for()
+    root.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    root.locator("svg g[tabindex]").first.focus()
+    for key in ("ArrowUp", "ArrowLeft"):
+        page.keyboard.press(key)
+    explorer.selected = [16, 4]
+    root.locator(".entropy-status", has_text=explorer.words()).wait_for()
+    runs_as_recorded(root, explorer, levels=65_535)
+    told = page.evaluate(
+        """async () => {
+            const future = lab.kernel().requestExecute({ code: "print(penalty.selected, runs.selected, runs.left)" });
+            let told = "";
+            future.onIOPub = ({ content }) => (told += content.text ?? "");
+            await future.done;
+            return told;
+        }"""
+    )
+    assert told.split("\n")[0] == f"[17, 5] [16, 4] {explorer.left}"
+    page.keyboard.press("Escape")
 
 
 def test_inspector(page):

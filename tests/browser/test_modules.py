@@ -330,6 +330,104 @@ def test_the_run_explorer_moves_without_a_kernel(open_html, recorded_runs):
     assert page.errors == []
 
 
+def test_a_head_of_the_run_explorer_is_followed_through_training(open_html, recorded_runs):
+    explorer = run_explorer(recorded_runs)
+    explorer.left, explorer.right, explorer.step = 0, 3, 1000  # of 12 layers and of 18
+    page = open_html(explorer)
+    cells, maps, outlines = (
+        page.locator(".entropy-cell"),
+        page.locator("svg g[tabindex]"),
+        page.locator(".entropy-selected"),
+    )
+
+    def selected(*place):
+        explorer.selected = list(place)
+        page.wait_for_function(
+            "words => document.querySelector('.entropy-status').textContent === words", arg=explorer.words(digits=1)
+        )
+        runs_as_recorded(page, explorer, levels=254)
+
+    selected()
+    cells.nth(3 * 12 + 5).click()
+    selected(3, 5)
+    for outline, cell in zip(outlines.all(), (cells.nth(3 * 12 + 5), cells.nth(144 + 3 * 12 + 5)), strict=True):
+        outer, inner = outline.bounding_box(), cell.bounding_box()
+        assert outer["x"] <= inner["x"] <= inner["x"] + inner["width"] <= outer["x"] + outer["width"]
+        assert outer["y"] <= inner["y"] <= inner["y"] + inner["height"] <= outer["y"] + outer["height"]
+    cells.nth(144 + 3 * 12 + 5).click()  # the same on the other side
+    selected()
+    maps.first.focus()
+    page.keyboard.press("ArrowRight")
+    selected(0, 0)
+    for key in ("ArrowRight", "ArrowDown", "ArrowRight", "ArrowUp", "ArrowUp", "ArrowLeft"):
+        page.keyboard.press(key)
+    selected(0, 1)
+    page.keyboard.press("Escape")
+    selected()
+    cells.nth(144 + 17 * 12 + 2).click()
+    selected(17, 2)  # which the left run lacks
+    page.locator(".entropy-right").select_option("1")  # and this one too
+    explorer.right = 1
+    selected()
+    page.locator(".entropy-left").select_option("4")
+    explorer.left = 4
+    cells.nth(2 * 12 + 7).click()
+    explorer.selected = [2, 7]  # static on the left: no line, and the page says so
+    page.locator(".entropy-status", has_text=explorer.words(digits=1)).wait_for()
+    assert page.locator(".entropy-one-name").all_text_contents() == ["layer 2, head 7: static", "━ layer 2, head 7"]
+    assert page.locator(".entropy-one").first.get_attribute("d") == ""
+    assert page.errors == []
+
+
+def test_the_run_explorer_shows_the_head_that_is_selected_in_another(open_html, recorded_runs):
+    penalty, explorer = penalty_explorer([recorded_runs[3], read_logits()]), run_explorer(recorded_runs)
+    page = open_html(penalty, explorer)
+    page.set_viewport_size({"width": 900, "height": 400})
+    shown = page.locator(".entropy-module:has(.entropy-right)")
+    at_start = shown.locator(".entropy-status").inner_text()
+    assert not in_view(shown.locator(".entropy-left"))
+    page.locator(".entropy-dot").last.dispatch_event("click")
+    explorer.left, explorer.selected = 3, [17, 11]
+    shown.locator(".entropy-status", has_text=explorer.words(digits=1)).wait_for()
+    assert in_view(shown.locator("svg g[tabindex]").first)
+    assert shown.locator(".entropy-left").input_value() == "3"
+    assert explorer.words(digits=1) != at_start
+    page.locator(".entropy-run").first.select_option("1")  # of real rows: no run to show
+    page.locator(".entropy-dot").last.dispatch_event("click")
+    page.locator(".entropy-status", has_text="layer 3, head 3").wait_for()
+    shown.locator(".entropy-status", has_text=explorer.words(digits=1)).wait_for()
+    assert page.errors == []
+
+
+def in_view(mark) -> bool:
+    return mark.evaluate(
+        "mark => { const box = mark.getBoundingClientRect(); return 0 <= box.top && box.top < innerHeight; }"
+    )
+
+
+def test_a_view_that_is_gone_hears_no_more(open_html, recorded_runs):
+    page, explorer = open_html(tug_of_war()), run_explorer(recorded_runs)
+    selected = page.evaluate(
+        """async ([source, state]) => {
+            const module = await import(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
+            const set = (name, value) => (state[name] = value);
+            const model = { get: (name) => state[name], set, on() {}, save_changes() {} };
+            const gone = module.default.render({ model, el: document.createElement("div") }), found = [];
+            const tell = (detail) => {
+                dispatchEvent(new CustomEvent("entropy-head", { detail }));
+                found.push(state.selected);
+            };
+            tell({ ...state.runs[1], group: "no such group", layer: 1, head: 2 });
+            tell({ ...state.runs[1], layer: 1, head: 2 });
+            gone();
+            tell({ ...state.runs[1], layer: 3, head: 4 });
+            return found;
+        }""",
+        [str(explorer._esm), explorer.state()],
+    )
+    assert selected == [[], [1, 2], [1, 2]]
+
+
 def test_the_run_explorer_plays_and_says_what_it_leaves_out(open_html):
     explorer = run_explorer()
     page, state = open_html(explorer), explorer.state()

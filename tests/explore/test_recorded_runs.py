@@ -106,6 +106,37 @@ def test_static_heads_are_in_no_mean_and_in_no_count():
     np.testing.assert_allclose(unpacked(sent["learned"]["thresholds"], steps), thresholds, atol=1e-5)
 
 
+def test_a_head_is_selected_and_told_of_at_the_step(records):
+    small, large, static = (
+        records[0],
+        *(
+            next(r for r in runs.recorded(None) if wanted(r))
+            for wanted in (lambda r: r.size == "gpt2-18l", lambda r: r.variant == "EReg(SM(3)+LN(a)+R+V)")
+        ),
+    )
+    explorer = explore.run_explorer([small, large, static])
+    explorer.left, explorer.right, explorer.step = 0, 1, 100
+    before = explorer.words().split("\n")
+    explorer.selected = [3, 5]
+    for side, line, plain in zip(runs.SIDES, explorer.words().split("\n"), before, strict=True):
+        record, row = explorer.shown(side)
+        nats = record.history["entropy"].iloc[row][3][5]
+        assert line == f"{plain} · layer 3, head 5: {nats:.2f} nats"
+    assert f"head 5: {nats:.1f} nats" in explorer.words(digits=1)
+    explorer.selected = [17, 5]  # of the right run alone
+    assert explorer.words().split("\n")[0] == before[0]
+    assert " · layer 17, head 5: " in explorer.words().split("\n")[1]
+    for wrong in ([18, 0], [0, 12], [0], [0, -1]):
+        with pytest.raises(TraitError, match="one of the two runs"):
+            explorer.selected = wrong
+    explorer.left = 2
+    assert explorer.selected == [17, 5]
+    explorer.right = 0
+    assert explorer.selected == []
+    explorer.selected = [3, 5]
+    assert explorer.words().split("\n")[0].endswith("· 108 static · layer 3, head 5: static")
+
+
 def test_one_run_and_runs_of_other_shapes(records):
     alone = explore.run_explorer(records[0])
     assert alone.right == 0
