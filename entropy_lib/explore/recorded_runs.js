@@ -1,19 +1,21 @@
 // Two recorded runs side by side at one training step: maps of heads, means of layers, what was learned, loss, bands.
-// Numbers from whole shares, 0 is `low` and `levels` - 1 is `high`; `levels` itself is none, a static head's, say.
-export const unpacked = ({ low, high, levels, data }) => {
-  const raw = bytes(data), whole = levels > 255 ? new Uint16Array(raw) : new Uint8Array(raw);
+// Numbers of so many steps from whole shares, 0 is `low` and `levels` - 1 is `high`; `levels` itself is none, a static
+// head's, say. They come as differences from one step to the next, which wrap.
+export const unpacked = ({ low, high, levels, data }, steps) => {
+  const whole = levels > 255 ? new Uint16Array(woven(data, 2)) : new Uint8Array(bytes(data)), size = whole.length / steps;
+  for (let k = size; k < whole.length; k++) whole[k] += whole[k - size];
   return Float64Array.from(whole, (level) => (level === levels ? NaN : low + ((high - low) * level) / (levels - 1)));
 };
 
 // Of a history, what is drawn of all steps: entropy [N, layers, heads], its means over the softmax heads of a layer and
 // those of the learned parameters over the heads, both [N, layers].
 export const series = (history) => {
-  const { layers, heads, steps } = history, entropy = unpacked(history.entropy);
+  const { layers, heads, steps } = history, entropy = unpacked(history.entropy, steps.length);
   const means = Float64Array.from({ length: steps.length * layers }, (_, row) => {
     const real = entropy.subarray(row * heads, (row + 1) * heads).filter((E) => !Number.isNaN(E));
     return real.reduce((sum, E) => sum + E, 0) / real.length; // NaN of none
   });
-  const learned = Object.entries(history.learned).map(([column, packed]) => [column, unpacked(packed)]);
+  const learned = Object.entries(history.learned).map(([column, packed]) => [column, unpacked(packed, steps.length)]);
   const digits = history.entropy.levels > 255 ? 2 : 1; // that are certain
   return { ...history, digits, entropy, means, learned: Object.fromEntries(learned) };
 };

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,14 +13,14 @@ from traitlets import Dict, Enum, Int, List, TraitError, Unicode, observe, valid
 from entropy_lib.clone import CLONE
 from entropy_lib.entropy import diagnose, entropy_bands, head_entropies
 from entropy_lib.explore.figures import BANDS, INK, VARIANT_COLORS, entropy_heatmaps, page_color
-from entropy_lib.explore.module import ModuleExplorer, module_source, zipped
+from entropy_lib.explore.module import ModuleExplorer, in_planes, module_source, zipped
 from entropy_lib.training.records import RunRecord, load_runs
 
 RUNS = CLONE / "data" / "runs" if CLONE else Path(__file__).with_name("example_runs")
 SIDES = ("left", "right")
 SYMBOLS = {"thresholds": "θ", "temperatures": "t", "alpha": "α", "beta": "β"}  # of a history's columns
 EXACT, COARSE = 65_535, 255  # highest level of a number in two bytes, and in one
-ROOM, STEPS = 140_000, 64  # of the page without a kernel: characters of zipped histories, and steps of one
+ROOM, STEPS = 115_000, 64  # of the page without a kernel: characters of zipped histories, and steps of one
 
 
 def recorded(records: RunRecord | Sequence[RunRecord] | None) -> list[RunRecord]:
@@ -232,7 +231,11 @@ def _history(record: RunRecord, rows: np.ndarray, levels: int) -> dict:
 
 
 def _levels(values: np.ndarray, low: float, high: float, levels: int) -> dict:
-    """Numbers as base64 of whole shares, low is 0 and high `levels` - 1, in one byte or two; `levels` itself is NaN."""
+    """Numbers [N, ...] as whole shares, low is 0 and high `levels` - 1, in one byte or two; `levels` itself is NaN.
+
+    In planes, and from the second step on as differences from the one before, which wrap: a zip likes both.
+    """
     shares = np.clip((values - low) / ((high - low) or 1), 0, 1) * (levels - 1)
     whole = np.where(np.isnan(values), levels, np.rint(shares)).astype("<u2" if levels > COARSE else "u1")
-    return {"low": low, "high": high, "levels": levels, "data": base64.b64encode(whole.tobytes()).decode()}
+    whole[1:] -= whole[:-1].copy()
+    return {"low": low, "high": high, "levels": levels, "data": in_planes(whole)}

@@ -1,4 +1,4 @@
-"""`notebooks/run.py --update` gives figures their pictures, which takes a browser."""
+"""`notebooks/run.py --update` gives figures and explorers their pictures, which takes a browser."""
 
 import base64
 import io
@@ -10,6 +10,8 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+
+from entropy_lib.explore import tug_of_war
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "notebooks"))
@@ -25,7 +27,7 @@ go.Figure(go.Heatmap(z=[[0, 1], [2, 3]]), {"title": title, "height": 300}).show(
 
 @pytest.fixture(autouse=True)
 def _no_error_in_the_console():
-    """Nothing here opens the page of the other tests."""
+    """Nothing here does anything in the page of the other tests."""
 
 
 @pytest.mark.usefixtures("playwright_and_chromium")
@@ -40,6 +42,38 @@ def test_a_figure_has_its_picture_where_it_is_written_back(tmp_path):
     assert output.metadata["image/png"] == {"width": run.WIDTH, "height": 300, "alt": "A finding in two lines"}
     assert picture.size == (run.WIDTH, 300)
     assert len(np.unique(np.asarray(picture.convert("RGB")).reshape(-1, 3), axis=0)) > 10
+
+
+def test_an_explorer_has_its_picture_until_its_module_starts(page, tmp_path):
+    """With the words that stand in it, in the place of those that a page without scripts had."""
+    path = tmp_path / "moved.ipynb"
+    code = "from entropy_lib.explore import tug_of_war\ntoy = tug_of_war(theta=0.31)\ntoy"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)]), path)
+    command = [sys.executable, run.__file__, str(path), "--output", str(tmp_path / "out"), "--update"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 0, result.stdout
+    (output,) = nbformat.read(path, as_version=4).cells[0].outputs
+    html = output.data["text/html"]
+    assert "An explorer: it moves" in tug_of_war(theta=0.31).html()
+    assert "An explorer: it moves" not in html
+    contexts = [page.context.browser.new_context(java_script_enabled=scripts) for scripts in (False, True)]
+    still, moving = (context.new_page() for context in contexts)
+    for opened in (still, moving):
+        opened.set_content(html)
+    moving.locator(".entropy-module").wait_for()
+    said = moving.locator(".entropy-status").inner_text()
+    assert moving.locator("img").count() == 0
+    image = still.locator("[data-name='Tug of war'] > img")
+    assert image.get_attribute("alt") == f"Tug of war: {'; '.join(said.splitlines())}"
+    assert image.evaluate("image => image.naturalWidth") == run.EXPLORER_WIDTH
+    source = image.get_attribute("src")
+    for context in contexts:
+        context.close()
+    kind, picture = source.split(",")
+    drawn = Image.open(io.BytesIO(base64.b64decode(picture)))
+    assert (kind, drawn.format) == ("data:image/webp;base64", "WEBP")
+    assert len(picture) < 25_000
+    assert len(np.unique(np.asarray(drawn.convert("RGB")).reshape(-1, 3), axis=0)) > 10
 
 
 def test_a_palette_shrinks_a_picture_and_keeps_its_colors():

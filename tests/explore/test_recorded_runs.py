@@ -23,9 +23,10 @@ def records():
 
 
 def unpacked(packed, *shape):
-    """Numbers as the page reads them."""
-    data = base64.b64decode(packed["data"])
-    whole = np.frombuffer(data, "<u2" if packed["levels"] > 255 else "u1").reshape(*shape, -1)
+    """Numbers as the page reads them, [N, ...]."""
+    planes = np.frombuffer(base64.b64decode(packed["data"]), "u1").reshape(2 if packed["levels"] > 255 else 1, -1)
+    whole = planes.T.copy().view("<u2" if len(planes) == 2 else "u1").reshape(*shape, -1)
+    whole = np.cumsum(whole, 0, dtype=whole.dtype)  # of differences that wrap
     values = packed["low"] + (packed["high"] - packed["low"]) * whole / (packed["levels"] - 1)
     return np.where(whole == packed["levels"], np.nan, values)
 
