@@ -22,7 +22,7 @@ from entropy_lib.private_inference.network import Relay
 PARTY = Path(__file__).with_name("party.py")
 VARIABLE = "ENTROPY_LIB_PRIVATE_PYTHON"
 ENGINE = "0.9.5"
-PROTOCOLS = ("SEMI2K", "CHEETAH")
+PROTOCOLS = ("SEMI2K", "CHEETAH", "ABY3")
 
 # Lean settings: an error in the last bit of a product allowed, which halves its cost; products with a
 # value that one party knows done by that party; (1 + z/64)^64 for the exponential.
@@ -83,7 +83,8 @@ def run_plan(
     """Run a plan (see `party`) and return its outputs by name and one dict a step: part, operation, bytes, seconds...
 
     Each party gets its own folder with the plan and the values that it owns, and no other. CHEETAH runs two processes
-    on `host`; SEMI2K one process with both parties as threads, the engine's simulator.
+    on `host`; SEMI2K one process with both parties as threads, the engine's simulator. ABY3 is simulated
+    too and has a third party, a helper with shares and no values of its own; its bytes are what all three sent.
 
     Args:
         ports: of client and server; free ones if None.
@@ -104,7 +105,7 @@ def run_plan(
     if ports is not None and not (len(ports) == 2 and all(0 < port < 65536 for port in ports)):
         raise ValueError(f"ports must be two numbers from 1 to 65535, got {ports}")
     python, deadline = private_python(), time.monotonic() + timeout
-    ranks = [0, 1] if protocol == "CHEETAH" else ["both"]
+    ranks = [0, 1] if protocol == "CHEETAH" else ["all"]
     ports = _free_ports(host) if ports is None else ports
     if protocol == "CHEETAH":
         for port in ports:
@@ -120,9 +121,10 @@ def run_plan(
         folders = [folder / str(rank) for rank in ranks]
         for rank, own, reach in zip(ranks, folders, addresses, strict=True):
             own.mkdir()
-            owners = ("client", "server") if rank == "both" else (("client", "server")[rank],)
+            owners = ("client", "server") if rank == "all" else (("client", "server")[rank],)
             np.savez(own / "inputs.npz", **{n: values[n] for n, s in plan["inputs"].items() if s["owner"] in owners})
             job = {"rank": rank, "addresses": reach, "timeout": timeout, "plan": plan}
+            job["ranks"] = 3 if protocol == "ABY3" else 2
             engine = {**SETTINGS, **plan.get("engine", {}), "protocol": protocol}
             (own / "job.json").write_text(json.dumps({**job, "engine": engine}))
         processes = [stack.enter_context(_Party(python, own)) for own in folders]

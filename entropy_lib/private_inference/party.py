@@ -5,7 +5,7 @@ The engine pins an old numpy and jax, so this file imports nothing of entropy_li
 
 A job is a plan, the public part of an inference: named inputs with shape and owner, and steps that call the functions
 of OPERATIONS on named values: a step's "function" or, if it has none, its "operation". Rank 0 is the client, rank 1
-the server; "both" runs the two as threads (simulator).
+the server, rank 2 of ABY3 a helper; "all" runs them as threads (simulator).
 """
 
 from __future__ import annotations
@@ -341,13 +341,13 @@ OPERATIONS = {
 class Engine:
     """One rank of the engine: values by name, a compiled program a (function, shapes), and what each run cost."""
 
-    def __init__(self, rank: int, link, config, options, log: Path):
-        self.rank, self.link, self.log = rank, link, log
-        self.runtime, self.io = api.Runtime(link, config), api.Io(2, config)
+    def __init__(self, rank: int, ranks: int, link, config, options, log: Path):
+        self.rank, self.others, self.link, self.log = rank, [r for r in range(ranks) if r != rank], link, log
+        self.runtime, self.io = api.Runtime(link, config), api.Io(ranks, config)
         self.options, self.programs, self.shapes, self.read = options, {}, {}, 0
 
     def put(self, name: str, spec: dict, values: dict) -> None:
-        """An input. The owner keeps its values to itself; with "shared" it sends the other rank a random share."""
+        """An input. The owner keeps its values to itself; with "shared" it sends the others random shares."""
         owner = ("client", "server").index(spec["owner"])
         array = values[name] if self.rank == owner else np.zeros(spec["shape"], spec["dtype"])
         if list(array.shape) != spec["shape"] or str(array.dtype) != spec["dtype"]:
@@ -357,14 +357,16 @@ class Engine:
         elif self.rank == owner:
             shares = self.io.make_shares(array, SECRET)
             share = shares[self.rank]
-            self.link.send(1 - self.rank, pack(shares[1 - self.rank]))
+            for other in self.others:
+                self.link.send(other, pack(shares[other]))
         else:
             share = unpack(self.link.recv(owner))
         self.runtime.set_var(name, share)
         self.shapes[name] = (tuple(spec["shape"]), spec["dtype"])
 
     def run(self, step: dict) -> dict:
-        """Run one step; returns its bytes both ways, seconds, messages sent, and this process's CPU seconds."""
+        """Run one step; returns its bytes (what all parties sent), seconds, messages sent (by this rank; of three
+        parties by all), and this process's CPU seconds."""
         shapes = [self.shapes[name] for name in step["inputs"]]
         key = (step.get("function", step["operation"]), json.dumps(step.get("constants", {})), *shapes)
         if key not in self.programs:
@@ -382,8 +384,8 @@ class Engine:
             self.shapes[name] = shape
         for name in [*program.input_names, *program.output_names, *step.get("last_use", [])]:
             self.runtime.del_var(name)
-        sent, received, messages = self.traffic()
-        return {"seconds": wall, "cpu_seconds": cpu, "bytes": sent + received, "messages": messages}
+        sent, messages = self.traffic()
+        return {"seconds": wall, "cpu_seconds": cpu, "bytes": sent, "messages": messages}
 
     def compile(self, step: dict, shapes: list):
         function, constants = OPERATIONS[step.get("function", step["operation"])], step.get("constants", {})
@@ -395,28 +397,34 @@ class Engine:
         )  # fmt: skip
         return program, [(tuple(leaf.shape), str(leaf.dtype)) for leaf in jax.tree_util.tree_leaves(out)]
 
-    def traffic(self) -> tuple[int, int, int]:
-        """(sent, received, messages) of the last run, from the engine's log: it has no other way to ask."""
+    def traffic(self) -> tuple[int, int]:
+        """(bytes, messages) of the last run, from the engine's log: it has no other way to ask. Of two parties this one
+        writes, what it sent and received; three write into one log, what each sent, since who sends how much is drawn.
+        """
         if self.log is None:
-            return 0, 0, 0
+            return 0, 0
+        writers = len(self.others) + 1 if len(self.others) > 1 else 1
         for _ in range(1000):
             with self.log.open() as file:
                 file.seek(self.read)
                 text = file.read()
             found = LINK.findall(text)
-            if found and text.endswith("\n"):
+            if len(found) >= writers and text.endswith("\n"):
                 self.read += len(text.encode())
-                return int(found[-1][0]), int(found[-1][1]), int(found[-1][2])
+                last = [tuple(map(int, line)) for line in found[-writers:]]
+                return sum(sent + received * (writers == 1) for sent, received, *_ in last), sum(
+                    m for _, _, m, _ in last
+                )
             time.sleep(0.002)
         raise RuntimeError(f"the engine's log {self.log.name} does not say what was sent: another version of spu?")
 
     def reveal(self, name: str) -> np.ndarray | None:
-        """The value, at the client: the server sends its share and learns nothing."""
+        """The value, at the client: the others send their shares and learn nothing."""
         mine = self.runtime.get_var(name)
-        if self.rank == 1:
+        if self.rank:
             self.link.send(0, pack(mine))
             return None
-        return self.io.reconstruct([mine, unpack(self.link.recv(1))])
+        return self.io.reconstruct([mine, *(unpack(self.link.recv(other)) for other in self.others)])
 
 
 def pack(share) -> bytes:
@@ -480,10 +488,9 @@ def main(path: Path) -> None:
     if not config.ParseFromJsonString(json.dumps(job["engine"])):
         raise ValueError(f"the engine does not understand {job['engine']}")
     options.enable_optimize_denominator_with_broadcast = True  # one reciprocal a row of the softmax, not T
-    if job["rank"] == "both":
-        threads = [
-            threading.Thread(target=simulate, args=(rank, job, config, options, values, folder)) for rank in (0, 1)
-        ]
+    if job["rank"] == "all":
+        arguments = job, config, options, values, folder
+        threads = [threading.Thread(target=simulate, args=(rank, *arguments)) for rank in range(job["ranks"])]
         [thread.start() for thread in threads]
         [thread.join() for thread in threads]
         return
@@ -493,7 +500,7 @@ def main(path: Path) -> None:
     for rank, address in enumerate(job["addresses"]):
         description.add_party(f"party{rank}", address)
     link = libspu.link.create_brpc(description, job["rank"])
-    run_plan(Engine(job["rank"], link, config, options, log), job, values, folder)
+    run_plan(Engine(job["rank"], 2, link, config, options, log), job, values, folder)
     link.stop_link()
 
 
@@ -501,14 +508,13 @@ def simulate(rank, job, config, options, values, folder):
     try:
         description = libspu.link.Desc()
         description.recv_timeout_ms = int(job["timeout"] * 1000)
-        for other in (0, 1):
+        for other in range(job["ranks"]):
             description.add_party(f"party{other}", f"thread{other}")
         own = libspu.RuntimeConfig(config)
-        if rank:  # one writer, so that the log says whose traffic it is
+        if rank and job["ranks"] == 2:  # one writer, so that the log says whose traffic it is
             own.enable_pphlo_profile = own.enable_hal_profile = False
-        engine = Engine(
-            rank, libspu.link.create_mem(description, rank), own, options, None if rank else folder / "engine.log"
-        )
+        link, log = libspu.link.create_mem(description, rank), None if rank else folder / "engine.log"
+        engine = Engine(rank, job["ranks"], link, own, options, log)
         run_plan(engine, job, values, folder)
     except BaseException:
         import traceback

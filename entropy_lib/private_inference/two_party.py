@@ -72,8 +72,8 @@ def run_two_party(
             of its models of Llama's kind (Llama, Mistral, Qwen2, Qwen3, Gemma); or what was converted from these.
         input_ids: [T] or [1, T], T at least 2.
         protocol: "CHEETAH", two processes that talk over loopback, homomorphic encryption and oblivious transfer, the
-            paper's; or "SEMI2K", one process with both parties and a trusted dealer: fast, its bytes are not
-            comparable with the paper's.
+            paper's; "SEMI2K", one process with both parties and a trusted dealer: fast, its bytes are not comparable
+            with the paper's; or "ABY3", simulated too, with a third party that helps and colludes with neither.
         method: "as given", each operation as the engine has it; "optimized", for fewer bytes and any logits; "bounded
             logits", for fewer still, if attention's logits stay near the mean of their row. See `methods.METHODS`.
         spread: for "bounded logits", how far they reach from it at most, see `logit_range`. None measures it on

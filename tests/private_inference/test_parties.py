@@ -128,8 +128,8 @@ def test_the_engine_s_version_is_pinned_once(monkeypatch):
 
 
 def test_unknown_protocol():
-    with pytest.raises(ValueError, match=r"must be one of .*SEMI2K.*CHEETAH.*got 'ABY3'"):
-        run_plan(LONG, {}, "ABY3")
+    with pytest.raises(ValueError, match=r"must be one of .*SEMI2K.*CHEETAH.*ABY3.*got 'SPDZ'"):
+        run_plan(LONG, {}, "SPDZ")
 
 
 def test_a_taken_port_is_said_at_once(private, started):
@@ -159,7 +159,7 @@ def test_a_party_killed_half_way_ends_the_other_cleanly(private, started, victim
     assert all(process.poll() is not None for process in started)
 
 
-@pytest.mark.parametrize("protocol", ["SEMI2K", "CHEETAH"])
+@pytest.mark.parametrize("protocol", ["SEMI2K", "CHEETAH", "ABY3"])
 def test_timeout(private, started, protocol):
     begin = time.monotonic()
     with pytest.raises(TimeoutError, match=r"of 400 steps were done after 3 s: pass a larger timeout"):
@@ -167,11 +167,26 @@ def test_timeout(private, started, protocol):
     assert time.monotonic() - begin < 20
 
 
-@pytest.mark.parametrize("protocol", ["SEMI2K", "CHEETAH"])
+@pytest.mark.parametrize("protocol", ["SEMI2K", "CHEETAH", "ABY3"])
 def test_a_party_s_own_error_is_passed_on(private, started, protocol):
     plan = plan_of("add", (4, 4), (3, 3))
     with pytest.raises(RuntimeError, match=r"(?s)process ended with status 1.*incompatible shapes"):
         run_plan(plan, values_of(plan), protocol, timeout=60)
+
+
+def test_three_parties_send_what_a_product_of_replicated_shares_takes(private, started):
+    """Each sends one ring element of 8 bytes a product, the truncation takes as much again; an addition nothing."""
+    each = []
+    for size in (32, 64):
+        plan = plan_of("multiply", (size, size), (size, size))
+        values = values_of(plan)
+        outputs, steps = run_plan(plan, values, "ABY3")
+        np.testing.assert_allclose(outputs["out"], values["a"] * values["b"], atol=1e-4)
+        each.append(steps[0]["bytes"] / size**2)
+    assert each[0] == each[1]
+    assert 48 <= each[0] < 56
+    plan = plan_of("add", (32, 32), (32, 32))
+    assert run_plan(plan, values_of(plan), "ABY3")[1][0]["bytes"] == 0
 
 
 RUN = """
