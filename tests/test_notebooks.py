@@ -50,6 +50,8 @@ def test_every_figure_has_its_picture_and_the_words_for_it(notebook):
         if "application/vnd.plotly.v1+json" in output.get("data", {}):
             assert "image/png" in output.data
             assert output.metadata["image/png"]["alt"]
+        html = output.get("data", {}).get("text/html", "")
+        assert not html.startswith('<div class="entropy-') or re.search(r'<img alt="[^"]+"', html)
 
 
 def test_one_parameters_cell_of_plain_assignments(notebook):
