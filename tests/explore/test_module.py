@@ -13,6 +13,7 @@ from entropy_lib.clone import CLONE
 from entropy_lib.training.records import load_runs
 
 comm = pytest.importorskip("comm")
+ipywidgets = pytest.importorskip("ipywidgets")
 pytest.importorskip("anywidget")
 from entropy_lib.explore.module import in_planes  # noqa: E402
 
@@ -30,6 +31,7 @@ MAKE = {
 }
 
 
+@pytest.mark.skipif(ipywidgets.version_info[0] < 8, reason="sends by another package's class; what is sent is the same")
 @pytest.mark.parametrize("name", explore.__all__)
 def test_a_page_has_the_state_that_python_has(name, monkeypatch):
     """A trait that is changed in place after it was set never arrives."""
