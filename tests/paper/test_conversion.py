@@ -19,6 +19,7 @@ def model():
 
 def test_a_rehearsal_is_on_record_and_in_the_table(model, tmp_path, monkeypatch, capsys):
     recipe = {"sequences_per_step": 4, "micro_batch": 4, "eval_blocks": 4, "precision": "float32", "entropy_every": 1}
+    monkeypatch.setattr(conversion, "MEASURED", 2)
     monkeypatch.setattr(conversion, "RECIPE", conversion.replace(conversion.RECIPE, **recipe))
     name = "SmolLM2+SM(58)+LN(a)+R"
     options = ["--corpus", "sample", "--steps", "2", "--output", str(tmp_path), "--only", name]
