@@ -18,6 +18,7 @@ from test_parties import plan_of, values_of
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from entropy_lib import PRIVATE_VARIANTS, VARIANTS, build_model, fold_for_inference
+from entropy_lib.clone import CLONE
 from entropy_lib.modeling import EntropyGPT2Config, EntropyGPT2LMHeadModel
 from entropy_lib.private_inference import two_party
 from entropy_lib.private_inference.architecture import Architecture, operations
@@ -530,3 +531,16 @@ def test_stock_gpt2_is_the_same_function(change):
 
 def test_the_docstring_states_the_threat_model():
     assert re.search(r"semi-honest.*not protect real secrets", run_two_party.__doc__, re.DOTALL)
+
+
+def test_other_protocols_send_what_the_readme_says():
+    folder = CLONE / "data" / "private_inference"
+    table = {}
+    for line in (folder / "README.md").read_text().partition("## Another protocol")[2].splitlines():
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|")) if line.startswith("| ") else [""]
+        table[name] = dict(zip(("CHEETAH", "SEMI2K", "ABY3"), cells, strict=False))
+    for path in folder.glob("protocols/*.json"):
+        variant, protocol = path.stem.rsplit(" ", 1)
+        steps = json.loads(path.read_text())["steps"]
+        blocks = sum(s["bytes"] for s in steps if s["part"] not in ("embedding", "vocabulary projection"))
+        assert table[variant][protocol].replace(",", "") == f"{blocks / 1e6:.0f}", path.name
