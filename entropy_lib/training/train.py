@@ -92,7 +92,7 @@ def train_variant(
     variant, recipe = get_variant(variant), get_recipe(recipe)
     if recipe.distillation:
         raise ValueError(f"train_variant has no teacher for distillation={recipe.distillation}: see fine_tune")
-    corpus = _load(corpus, recipe.context_length)
+    seed, corpus = _whole_seed(seed), _load(corpus, recipe.context_length)
     tokenizer = corpus[1]
     config = {
         "vocab_size": len(tokenizer),
@@ -136,7 +136,8 @@ def fine_tune(
         recipe: as for `train_variant`. `distillation` weighs the teacher, `loss_coeff` the entropy penalty if the
             model has thresholds, `anneal_start` to `anneal_end` is when its norms become constants.
         name: of the record, in place of a variant's.
-        teacher: the model to learn from, the original in general; needed if `recipe.distillation` is above 0.
+        teacher: the model to learn from, the original in general; needed if `recipe.distillation` is above 0. A copy of
+            it is used: it stays as it is.
 
     The rest, interruption and resumption are as for `train_variant`; the same call means the same weights. The loss on
     record is the cross-entropy. A run whose loss rises by more than a nat over its start says so while it runs. Raises
@@ -150,7 +151,7 @@ def fine_tune(
         )
     if (teacher is None) != (recipe.distillation == 0):
         raise ValueError(f"a teacher and recipe.distillation above 0 go together, got {recipe.distillation}")
-    corpus = _load(corpus, recipe.context_length)
+    seed, corpus = _whole_seed(seed), _load(corpus, recipe.context_length)
     if len(corpus[1]) > config.vocab_size:
         raise ValueError(f"the corpus has {len(corpus[1])} tokens, the model knows {config.vocab_size}")
     known = {
@@ -164,7 +165,7 @@ def fine_tune(
         lambda: copy.deepcopy(model), corpus, recipe, variant=Variant(name), size=size, seed=seed,
         vocab_size=config.vocab_size, model_config=known, training_overrides=training_overrides,
         output_dir=output_dir, run_dir=run_dir, progress=progress, callbacks=[*callbacks, _Rising()],
-        overwrite=overwrite, stop=stop, teacher=teacher,
+        overwrite=overwrite, stop=stop, teacher=copy.deepcopy(teacher),
     )  # fmt: skip
 
 
@@ -175,9 +176,6 @@ def _run(
     stop: threading.Event | None, teacher: PreTrainedModel | None = None,
 ) -> RunRecord:  # fmt: skip
     """What `train_variant` and `fine_tune` share: identity, the run's folder, training, the record."""
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
-    seed = int(seed)  # a NumPy integer is none for JSON
     dataset = corpus[0]
     if len(dataset["train"]) < recipe.sequences_per_step:
         raise ValueError(
@@ -331,6 +329,12 @@ def _abilities(model: PreTrainedModel, trainer: EntropyTrainer, recipe: Recipe) 
             "logit_range": logit_range(model, blocks[:256]),
             "input_dependence": input_dependence(model, blocks[:256]),
         }
+
+
+def _whole_seed(seed: int) -> int:
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer from 0 to 2**32 - 1, got {seed!r}")
+    return int(seed)  # a NumPy integer is none for JSON
 
 
 def _load(corpus: str | Path | Corpus, context_length: int) -> Corpus:

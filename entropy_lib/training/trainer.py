@@ -112,9 +112,7 @@ class EntropyTrainer(RandomStateKept):
         self.norm_penalty_coeff = norm_penalty_coeff if anneals else 0.0
         numbers = torch.arange(self.model.config.n_head)  # True for softmax heads, whose entropies are numbers
         self.has_entropy = torch.stack([numbers < heads for heads in self.model.config.entropy_heads()])  # [L, H]
-        self.teacher, self.distillation = teacher, distillation
-        if teacher is not None:
-            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        self.teacher, self.distillation = teacher and teacher.to(self.args.device).eval(), distillation
         self.collapsed = False
         self.grad_norm = math.nan  # of the last step that was read, see `_read_grad_norms`
         self._grad_norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()

@@ -74,7 +74,11 @@ def test_a_step_s_gradient_is_that_of_the_loss_by_hand(corpus, original, tmp_pat
 def test_a_run_is_on_record(corpus, original, tmp_path):
     model = converted_to(original)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    record = tuned(model, corpus, teacher=original[0], output_dir=tmp_path)
+    teacher = original[0].train()
+    record = tuned(model, corpus, teacher=teacher, output_dir=tmp_path)
+    assert teacher.training
+    assert all(parameter.requires_grad for parameter in teacher.parameters())
+    teacher.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     norms = [module for module in record.model.modules() if hasattr(module, "blend")]
     assert len(norms) == 4
