@@ -27,7 +27,7 @@ MODEL, RUNS, LENGTH, MEASURED = "SmolLM2", (CLONE or Path()) / "data" / "runs" /
 COUNTS = (250, 180, 112, 58)  # of 270 softmaxes
 # 33M tokens; no rate was searched for.
 RECIPE = Recipe(
-    steps=2000, sequences_per_step=128, micro_batch=64, learning_rate=3e-4, warmup_from_zero=False, distillation=0.5,
+    steps=2000, sequences_per_step=128, micro_batch=128, learning_rate=3e-4, warmup_from_zero=False, distillation=0.5,
     anneal_start=0.05, anneal_end=0.6, entropy_every=100, eval_every=500, checkpoint_every=0, eval_blocks=1024,
     precision="bfloat16",
 )  # fmt: skip
