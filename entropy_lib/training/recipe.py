@@ -193,5 +193,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, seed: int, **over
         "disable_tqdm": True,
     }
     arguments = TrainingArguments(**{**settings, **overrides})
+    # one GPU a process: with several in sight the Trainer would take nn.DataParallel, which has no entropies
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     arguments.gradient_accumulation_steps = recipe.accumulation_steps(arguments.world_size)
     return arguments

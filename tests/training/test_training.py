@@ -20,7 +20,8 @@ from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models
 from torch.utils.data import BatchSampler
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast, TrainerCallback, TrainingArguments
+from transformers.training_args import ParallelMode
 
 from entropy_lib import EntropyRegularization, build_model, interface
 from entropy_lib.training import records
@@ -795,6 +796,17 @@ def test_compiled_training_gets_no_mask(corpus, variant, monkeypatch):
     record = train(corpus, variant=variant, training_overrides=compiled)
     torch._dynamo.reset()
     assert record.status == "finished"
+
+
+def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path, monkeypatch):
+    def sees_two(self, setup=TrainingArguments.__post_init__):
+        setup(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", sees_two)
+    arguments = training_arguments(RECIPE, tmp_path, 0)
+    assert (arguments.n_gpu, arguments.train_batch_size) == (1, RECIPE.micro_batch)
+    assert arguments.parallel_mode is ParallelMode.NOT_PARALLEL
 
 
 def test_the_command_of_a_notebook_is_the_call(monkeypatch):
