@@ -60,6 +60,12 @@ def collate_blocks(blocks: Sequence[dict] | np.ndarray) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
+def kl_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(wanted) ‖ softmax(logits)) in nats, [..., V] -> [...], in float32."""
+    wanted = wanted.float().log_softmax(-1)
+    return (wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1)
+
+
 class EntropyTrainer(RandomStateKept):
     """transformers' Trainer for `EntropyGPT2LMHeadModel` and `modeling_llama`: cross-entropy + λ·penalty, entropies on
     record, and with a `teacher` a share `distillation` of KL(teacher ‖ model) for the cross-entropy.
@@ -113,6 +119,11 @@ class EntropyTrainer(RandomStateKept):
         numbers = torch.arange(self.model.config.n_head)  # True for softmax heads, whose entropies are numbers
         self.has_entropy = torch.stack([numbers < heads for heads in self.model.config.entropy_heads()])  # [L, H]
         self.teacher, self.distillation = teacher and teacher.to(self.args.device).eval(), distillation
+        self._divergence = kl_divergence
+        if teacher is not None and self.args.torch_compile:  # the model itself is the Trainer's to compile
+            how = {"backend": self.args.torch_compile_backend, "mode": self.args.torch_compile_mode}
+            self.teacher = torch.compile(self.teacher, **how)
+            self._divergence = torch.compile(kl_divergence, **how)
         self.collapsed = False
         self.grad_norm = math.nan  # of the last step that was read, see `_read_grad_norms`
         self._grad_norms: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
@@ -166,9 +177,8 @@ class EntropyTrainer(RandomStateKept):
         """KL(teacher ‖ model) in nats, the mean over the micro-batch's targets."""
         with torch.no_grad():
             given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
-            wanted = self.teacher(**given).logits[:, :-1].float().log_softmax(-1)
-        distance = (wanted.exp() * (wanted - logits[:, :-1].float().log_softmax(-1))).sum(-1)
-        return distance[inputs["labels"][:, 1:] != -100].mean()
+            wanted = self.teacher(**given).logits
+        return self._divergence(wanted[:, :-1], logits[:, :-1])[inputs["labels"][:, 1:] != -100].mean()
 
     @torch.no_grad()
     def _entropies_without_graph(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, ...]:

@@ -137,6 +137,14 @@ def test_a_teacher_pulls(corpus, original):
     assert alone.eval_loss < taught.eval_loss
 
 
+def test_a_compiled_run_follows_the_plain_one(corpus, original):
+    model = converted_to(original)
+    how = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    plain, compiled = (tuned(model, corpus, teacher=original[0], training_overrides=given) for given in (None, how))
+    torch.testing.assert_close(compiled.history["loss"].tolist(), plain.history["loss"].tolist(), rtol=1e-4, atol=0)
+    assert compiled.eval_loss == pytest.approx(plain.eval_loss, rel=1e-4)
+
+
 def test_gpt2_is_tuned_too(corpus, original):
     start = train(corpus, "SM+LN+G", model_config={**MODEL, "n_head": 4}).model
     blocks = torch.tensor(corpus[0]["train"]["input_ids"])
