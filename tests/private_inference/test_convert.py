@@ -159,15 +159,16 @@ def test_entropies_are_those_of_the_softmax_heads(kind):
     assert head_statistics(converted, BLOCKS).entropy[0] == pytest.approx(found[0].mean((0, 2)).tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("constant_norms", [False, True])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_its_price_is_the_plan_s(kind):
-    model = tiny(kind)
-    for budget in (1.0, suggest_plan(model, BLOCKS, 1.0, context_length=T).cost.communication_gb * 0.999):
-        plan = suggest_plan(model, BLOCKS, budget, context_length=T)
+def test_its_price_is_the_plan_s(kind, constant_norms):
+    model, how = tiny(kind), {"context_length": T, "constant_norms": constant_norms}
+    for budget in (1.0, suggest_plan(model, BLOCKS, 1.0, **how).cost.communication_gb * 0.999):
+        plan = suggest_plan(model, BLOCKS, budget, **how)
         converted = convert_for_private_inference(model, plan)
         assert inference_cost(converted, T, "optimized").bytes == plan.cost.bytes
         assert inference_cost(converted.config, T, "optimized").bytes == plan.cost.bytes
-    assert not Architecture.of(converted.config).layer_norm
+    assert Architecture.of(converted.config).layer_norm is not constant_norms
 
 
 @pytest.mark.parametrize("kind", modeling_llama.KINDS)

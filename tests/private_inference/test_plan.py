@@ -41,10 +41,9 @@ def test_the_most_input_dependent_heads_are_kept_and_as_many_as_the_budget_pays_
 
 
 def _price(model, heads):
-    changes = {"layer_norm": False, "query_key_norm": False, "activation": "relu"}
     by_layer = tuple(heads.view(2, 4).sum(-1).tolist())
     return inference_cost(
-        replace(Architecture.of(model.config), **changes, dynamic_heads=by_layer), T, "optimized"
+        replace(Architecture.of(model.config), activation="relu", dynamic_heads=by_layer), T, "optimized"
     ).communication_gb
 
 
@@ -60,10 +59,10 @@ def test_what_is_measured_is_the_heads_own():
 
 def test_norms_and_activation_may_stay():
     model = tiny("llama")
-    kept = suggest_plan(model, BLOCKS, 1.0, context_length=T, constant_norms=False, relu=False, prices="spu-0.9.5")
+    kept = suggest_plan(model, BLOCKS, 1.0, context_length=T, relu=False, prices="spu-0.9.5")
     assert kept.cost.bytes == kept.original.bytes
     table = savings(model, T)
-    norms = suggest_plan(model, BLOCKS, 1.0, context_length=T, relu=False, prices="spu-0.9.5")
+    norms = suggest_plan(model, BLOCKS, 1.0, context_length=T, constant_norms=True, relu=False, prices="spu-0.9.5")
     assert norms.cost.communication_gb == pytest.approx(table.loc["norms become constants", "GB"])
 
 

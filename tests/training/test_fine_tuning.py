@@ -26,7 +26,9 @@ def original(corpus):
     sizes |= {"num_key_value_heads": 2, "vocab_size": VOCAB, "max_position_embeddings": 64}
     config = LlamaConfig(**sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    return model, suggest_plan(model, torch.tensor(corpus[0]["train"]["input_ids"]), 1.0, context_length=LENGTH)
+    return model, suggest_plan(
+        model, torch.tensor(corpus[0]["train"]["input_ids"]), 1.0, context_length=LENGTH, constant_norms=True
+    )
 
 
 def converted_to(original, keep=((True, False, False, True), (False,) * 4), **options):
@@ -148,7 +150,7 @@ def test_a_compiled_run_follows_the_plain_one(corpus, original):
 def test_gpt2_is_tuned_too(corpus, original):
     start = train(corpus, "SM+LN+G", model_config={**MODEL, "n_head": 4}).model
     blocks = torch.tensor(corpus[0]["train"]["input_ids"])
-    plan = suggest_plan(start, blocks, 1.0, context_length=LENGTH)
+    plan = suggest_plan(start, blocks, 1.0, context_length=LENGTH, constant_norms=True)
     model = convert_for_private_inference(start, replace(plan, keep=((True, False, False, False),) * 2))
     record = tuned(model, corpus, teacher=start)
     assert record.status == "finished"
