@@ -1,5 +1,6 @@
 """Converted models: what is not changed is the same, and what is changed is what the plan says, by other means."""
 
+import socket
 from dataclasses import replace
 
 import pytest
@@ -260,6 +261,24 @@ def test_a_private_pass_by_two_processes(finished, private, started):
     model = finished("llama")
     result = run_two_party(model, torch.arange(T), "CHEETAH", method="optimized", logits_to_keep=1, timeout=300)
     assert result.max_error < 2e-2 * max(1, result.logits.std())
+
+
+def test_a_private_pass_of_what_was_converted_fails_as_any_other(finished, private, started):
+    model = finished("llama")
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match=r"port \d+ .*taken"):
+        run_two_party(model, torch.arange(T), "CHEETAH", ports=(taken.getsockname()[1],) * 2)
+    assert not [process for process in started if "party.py" in str(process.args)]
+
+    def kill(done, total):
+        if done == 2:
+            [process for process in started if "party.py" in str(process.args)][1].kill()
+
+    with pytest.raises(RuntimeError, match=r"the server's process was ended by SIGKILL after \d+ of \d+ steps"):
+        run_two_party(model, torch.arange(T), "CHEETAH", method="optimized", progress=kill)
+    stock = tiny("llama")
+    stock.config.hidden_act = "mish"
+    with pytest.raises(ValueError, match="mish"):
+        run_two_party(stock, torch.arange(T), "CHEETAH")
 
 
 def test_a_norm_that_is_not_constant_yet_is_no_matrix():
