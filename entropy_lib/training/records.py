@@ -37,7 +37,8 @@ class RunRecord:
     (a GPU) achieved of it by `training_flops_per_token`, in 10¹² a second, None in records older than the field,
     whose tokens_per_second are tokens over minutes. `peak_memory_gib` is GPU memory, 0 on a CPU.
 
-    `recall`, `loss_by_position` [T-1], `logit_range` [L][softmax heads][lowest, highest] and `input_dependence`
+    `recall`, `associative_recall` by the number of pairs, `patterns` by kind and number of examples before,
+    `loss_by_position` [T-1], `logit_range` [L][softmax heads][lowest, highest] and `input_dependence`
     [L][softmax heads] are of the final weights, see `abilities`; None in older records and of collapsed runs.
 
     `max_tokens` is what the corpus was cut to, `variant_config` the fields of the `Variant`; both, and
@@ -76,6 +77,8 @@ class RunRecord:
     variant_config: dict = field(default_factory=dict, repr=False)
     training_overrides: dict = field(default_factory=dict, repr=False)
     recall: float | None = None
+    associative_recall: dict[str, float] | None = None
+    patterns: dict[str, list[float]] | None = field(default=None, repr=False)
     loss_by_position: list[float] | None = field(default=None, repr=False)
     logit_range: list[list[list[float]]] | None = field(default=None, repr=False)
     input_dependence: list[list[float]] | None = field(default=None, repr=False)

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from entropy_lib.input_dependence import input_dependence
 from entropy_lib.logit_range import logit_range
 from entropy_lib.modeling import build_model
-from entropy_lib.training.abilities import loss_by_position, recall
+from entropy_lib.training.abilities import PATTERNS, associative_recall, loss_by_position, patterns, recall
 from entropy_lib.training.cache import cache_folder
 from entropy_lib.training.corpus import load_corpus
 from entropy_lib.training.global_state import OwnDraws, one_training_at_a_time
@@ -323,8 +323,13 @@ def _abilities(model: PreTrainedModel, trainer: EntropyTrainer, recipe: Recipe) 
     blocks = torch.from_numpy(trainer.eval_dataset.ids.astype("int64"))
     model.eval()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.precision == "bfloat16"):
+        length = recipe.context_length
+        pairs = [2**power for power in range(length.bit_length()) if 4 * 2**power <= length]
+        pairs = [count for count in pairs if count <= model.config.vocab_size]
         return {
-            "recall": recall(model, recipe.context_length) if recipe.context_length > 3 else None,
+            "recall": recall(model, length) if length > 3 else None,
+            "associative_recall": {str(count): associative_recall(model, count) for count in pairs},
+            "patterns": {kind: patterns(model, kind, length) for kind in PATTERNS} if length > 7 else {},
             "loss_by_position": loss_by_position(model, blocks),
             "logit_range": logit_range(model, blocks[:256]),
             "input_dependence": input_dependence(model, blocks[:256]),

@@ -1,14 +1,17 @@
 """Recall and loss by position, against the definitions written out."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 from entropy_lib import build_model
+from entropy_lib.explore.tiny_model import load_tiny_model
 from entropy_lib.input_dependence import input_dependence
-from entropy_lib.training.abilities import loss_by_position, recall
+from entropy_lib.training.abilities import PATTERNS, answer_bits, associative_recall, loss_by_position, patterns, recall
+from entropy_lib.training.benchmarks import Answer
 from entropy_lib.training.records import RunRecord
 from tests.training.test_training import corpus, train
 
@@ -21,29 +24,110 @@ def model_of(variant, **sizes):
     return build_model(variant, "tiny", **{**SIZES, **sizes}).eval()
 
 
-class CopiesWhatFollowed:
-    """Answers with what followed the token's last appearance: all that recall asks for. Or always with 0."""
+class Answers:
+    """Says after each token what `answer(tokens so far)` says."""
 
-    def __init__(self, model, looks_back):
-        self.config, self.device, self.looks_back = model.config, model.device, looks_back
+    def __init__(self, answer, positions=12, vocabulary=50):
+        self.config = SimpleNamespace(n_positions=positions, vocab_size=vocabulary)
+        self.answer, self.device = answer, torch.device("cpu")
 
     def __call__(self, ids, logits_to_keep):
-        half, answer = self.config.n_positions // 2, torch.zeros_like(ids[:, -logits_to_keep:])
-        if self.looks_back:
-            answer[:, :-1] = ids[:, 1:half]
-        logits = torch.nn.functional.one_hot(answer, self.config.vocab_size).float()
-        return type("Output", (), {"logits": logits})
+        keep = range(ids.shape[1] - logits_to_keep + 1, ids.shape[1] + 1)
+        said = torch.tensor([[self.answer(row[:end]) for end in keep] for row in ids.tolist()])
+        return SimpleNamespace(logits=torch.nn.functional.one_hot(said, self.config.vocab_size).float())
+
+
+def what_followed(so_far):
+    """What came after the last token's last appearance, else 0."""
+    before = so_far[:-1]
+    places = [place for place, token in enumerate(before) if token == so_far[-1]]
+    return so_far[places[-1] + 1] if places else 0
 
 
 @pytest.mark.parametrize("positions", [12, 13])
 def test_recall_is_1_for_who_looks_back_and_chance_for_who_does_not(positions):
     model = model_of("SM+LN+R", n_positions=positions)
-    assert recall(CopiesWhatFollowed(model, True)) == 1
-    assert recall(CopiesWhatFollowed(model, False)) == pytest.approx(1 / 50, abs=0.02)
+
+    def as_far_back(so_far):
+        return so_far[len(so_far) - 6]
+
+    assert recall(Answers(as_far_back, positions)) == 1
+    assert recall(Answers(lambda so_far: 0, positions)) == pytest.approx(1 / 50, abs=0.02)
     assert recall(model, batch=7) == pytest.approx(recall(model), abs=1e-3)
     assert recall(model) < 0.1
     with pytest.raises(ValueError, match="at least 4 positions"):
         recall(model_of("SM+LN+R", n_positions=3))
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_associative_recall_asks_for_the_key_s_value_and_not_for_a_distance(pairs):
+    vocabulary = 1000  # a value that is also a key would mislead
+    assert associative_recall(Answers(what_followed, 12, vocabulary), pairs) == pytest.approx(1, abs=0.01)
+
+    def as_far_back(so_far):
+        return so_far[len(so_far) - 2 * pairs]
+
+    assert associative_recall(Answers(as_far_back, 12, vocabulary), pairs) == pytest.approx(1 / pairs, abs=0.06)
+    for fake in (Answers(what_followed, 11), Answers(what_followed, 99, vocabulary=2)):
+        with pytest.raises(ValueError, match="3 pairs take 12 positions and 3 different tokens, the model has"):
+            associative_recall(fake, 3)
+
+
+@pytest.mark.parametrize(("kind", "answer"), [("copy", "abc"), ("reverse", "cba"), ("rotate", "bca"), ("first", "aaa")])
+def test_patterns_are_what_their_names_say(kind, answer):
+    """Who knows the rule is right from the first example on, who repeats the last answer never."""
+    seen = []
+
+    def rule(so_far):
+        place = (len(so_far) - 1) % 8
+        seen.append(so_far)
+        return so_far[len(so_far) - 1 - place + "abc".index(answer[place - 3])] if 3 <= place < 6 else 0
+
+    found = patterns(Answers(rule, 33, 1000), kind)
+    assert found == [1, 1, 1, 1]
+    whole = max(seen, key=len)
+    assert len({whole[3], whole[11], whole[19]}) == len({whole[7], whole[15], whole[23]}) == 1
+    assert patterns(Answers(lambda so_far: so_far[-8] if len(so_far) >= 8 else 0, 33, 1000), kind) == pytest.approx(
+        [0, 0, 0, 0], abs=0.01
+    )
+    with pytest.raises(ValueError, match="unknown pattern 'odd'; there are copy, reverse"):
+        patterns(Answers(rule, 33), "odd")
+    with pytest.raises(ValueError, match="a pattern takes 8 positions, got 7"):
+        patterns(Answers(rule, 7), kind)
+
+
+def test_bits_of_answers_are_those_of_their_tokens_one_by_one():
+    model, tokenizer = load_tiny_model()
+    limit = model.config.n_positions
+    short = Answer("import os\n", "def f():\n    return os.sep\n")
+    long = Answer("x = 1\n" * limit, "y = 2\nß = 3\n" * limit)
+    found = answer_bits(model, tokenizer, [short, Answer("", "pass"), long, short], batch=2)
+
+    def by_hand(answer, window):
+        before = tokenizer(answer.context)["input_ids"] or [tokenizer.eos_token_id]
+        ids, bits, contexts = before + tokenizer(answer.text)["input_ids"], 0.0, []
+        for place in range(len(before), len(ids)):
+            start = window(place, len(before), len(ids))
+            contexts.append(place - start)
+            with torch.no_grad():
+                logits = model(torch.tensor([ids[start:place]])).logits[0, -1].double()
+            bits -= logits.log_softmax(-1)[ids[place]].item() / math.log(2)
+        return bits / len(answer.text.encode()), contexts
+
+    for answer, bits in ((short, found[0]), (Answer("", "pass"), found[1]), (short, found[3])):
+        assert bits == pytest.approx(by_hand(answer, lambda *_: 0)[0], rel=1e-4)
+
+    def in_steps_of_half(place, first, count):
+        end = first
+        while end <= place:
+            end = min(count, max(limit, end + limit // 2))
+        return max(0, end - limit)
+
+    bits, contexts = by_hand(long, in_steps_of_half)
+    assert found[2] == pytest.approx(bits, rel=1e-4)
+    assert min(contexts) >= limit // 2
+    with pytest.raises(ValueError, match="answer 1 is empty"):
+        answer_bits(model, tokenizer, [short, Answer("x", "")])
 
 
 def test_loss_by_position_is_the_loss_in_parts():
@@ -93,10 +177,13 @@ def test_attention_that_never_changes_depends_on_nothing():
 def test_they_are_on_record(corpus, tmp_path):
     record = train(corpus, "SM(3)+LN(a)+R+V", model_config={"n_head": 4})
     assert 0 <= record.recall <= 1
+    assert {pairs: 0 <= share <= 1 for pairs, share in record.associative_recall.items()} == dict.fromkeys("124", True)
+    assert {kind: len(shares) for kind, shares in record.patterns.items()} == dict.fromkeys(PATTERNS, 2)
     by_position = record.loss_by_position
     assert sum(by_position) / len(by_position) == pytest.approx(record.eval_loss, rel=1e-5)
     assert all(low <= 0 <= high and math.isfinite(high - low) for layer in record.logit_range for low, high in layer)
     loaded = RunRecord.load(record.save(tmp_path))
     assert loaded.logit_range == record.logit_range
     assert loaded.input_dependence == record.input_dependence
+    assert (loaded.associative_recall, loaded.patterns) == (record.associative_recall, record.patterns)
     assert all(len(heads) == 3 and min(heads) >= 0 for heads in record.input_dependence)
