@@ -29,7 +29,7 @@ run: $(READY)
 	$(BIN)/python notebooks/run.py --jobs 2 --output build/notebooks
 
 # Cells tagged nbval-skip train; `make run` executes them and their assertions.
-test: $(READY)
+test: $(VENV)/.evaluation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=notebooks:data $(BIN)/lint-imports --no-cache
@@ -39,8 +39,8 @@ test: $(READY)
 test-browser: $(VENV)/.browser
 	$(BIN)/python -m pytest tests/browser
 
-$(VENV)/.browser: $(READY)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[browser]"
+$(VENV)/.browser $(VENV)/.evaluation: $(VENV)/.%: $(READY)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[$*]"
 	@touch $@
 
 # Laid over .venv, so that torch and the rest are not installed twice.

@@ -1,5 +1,6 @@
 """Recall and loss by position, against the definitions written out."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -138,6 +139,31 @@ def test_loss_by_position_is_the_loss_in_parts():
     assert len(by_position) == 11
     assert sum(by_position) / 11 == pytest.approx(loss.item(), rel=1e-6)
     assert by_position[4] == pytest.approx(cross_entropy(logits[:, 4], blocks[:, 5]).item(), rel=1e-5)
+
+
+def test_lm_eval_takes_a_saved_model_and_gives_the_same_bits(tmp_path, monkeypatch):
+    evaluator = pytest.importorskip("lm_eval", reason="make test installs it: pip install '.[evaluation]'")
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    model, tokenizer = load_tiny_model()
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "saved")
+    answers = [Answer("import os", "\nimport sys"), Answer("def f(", "self, x")]  # it moves blanks to the answer
+    (tmp_path / "task.json").write_text(json.dumps([answer._asdict() for answer in answers]))
+    files = {"data_files": {"test": str(tmp_path / "task.json")}, "cache_dir": str(tmp_path / "datasets")}
+    task = ConfigurableTask(config={
+        "task": "tiny", "dataset_path": "json", "dataset_kwargs": files, "output_type": "loglikelihood",
+        "test_split": "test", "doc_to_text": "{{context}}", "doc_to_target": "{{text}}", "target_delimiter": "",
+        "metric_list": [{"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False}],
+    })  # fmt: skip
+    loaded = HFLM(pretrained=str(tmp_path / "saved"), device="cpu", batch_size=2, trust_remote_code=True)
+    assert type(loaded.model).__name__ == type(model).__name__
+    found = evaluator.simple_evaluate(loaded, tasks=[task], bootstrap_iters=0)["results"]["tiny"]["perplexity,none"]
+    bits = answer_bits(model, tokenizer, answers)
+    nats = sum(b * len(a.text.encode()) * math.log(2) for b, a in zip(bits, answers, strict=True))
+    assert math.log(found) == pytest.approx(nats / len(answers), rel=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["SM+LN+R", "SM(0,0,1)+LN(a)+R+V", "R2(0,0,1)+LN(a)+R+V"])
