@@ -33,6 +33,8 @@ class Recipe:
         loss_coeff, tolerance_margin_factor, reduction, per, ceiling: of `EntropyRegularization`, for variants with
             entropy regularisation. The paper's λ = 1e-5 on the sum over 128 sequences of 128 tokens is 0.164 on the
             mean, which does not depend on the batch.
+        penalty_from, penalty_until: two token ids; the penalty counts queries from the first on and before the second,
+            and no others, so that thresholds are those of one kind of token. 0, the end of text, in the first: all.
         temperature_init, threshold_init: t and θ at the start.
         scaled_residual_init: see `EntropyGPT2Config`.
         anneal_start, anneal_end: shares of the steps between which annealed LayerNorms (LN(a)) become constant.
@@ -63,6 +65,8 @@ class Recipe:
     reduction: str = "mean"
     per: str = "query"
     ceiling: str = "context"
+    penalty_from: int = 0
+    penalty_until: int = 0
     temperature_init: float = 1e-2
     threshold_init: float = 0.5
     scaled_residual_init: bool = True
@@ -102,6 +106,9 @@ class Recipe:
                 f"anneal_start must be below anneal_end, and that at most 1, got {self.anneal_start} and "
                 f"{self.anneal_end}: LayerNorm would not be constant in the end"
             )
+        if self.penalty_from and (self.ceiling, self.per) != ("context", "query"):
+            raise ValueError(f"penalty_from needs ceiling='context' and per='query', got {self.ceiling!r} and "
+                             f"{self.per!r}")  # fmt: skip
         self.regularization()  # its own checks, before a model is built
 
     def regularization(self) -> EntropyRegularization:

@@ -263,6 +263,7 @@ def _train(
         train_dataset=TokenBlocks(dataset["train"]),
         eval_dataset=TokenBlocks(blocks.select(range(min(recipe.eval_blocks, len(blocks))))),
         regularization=recipe.regularization(),
+        penalty_span=(recipe.penalty_from, recipe.penalty_until) if recipe.penalty_from else None,
         entropy_every=recipe.entropy_every,
         max_skipped_in_a_row=recipe.max_skipped_in_a_row,
         warmup_from_zero=recipe.warmup_from_zero,

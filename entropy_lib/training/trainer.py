@@ -60,6 +60,13 @@ def collate_blocks(blocks: Sequence[dict] | np.ndarray) -> dict[str, Tensor]:
     return {"input_ids": input_ids, "labels": labels}
 
 
+def between(ids: Tensor, first: int, last: int) -> Tensor:
+    """True from every token `first` on and before the next `last`, [B, T]: the queries whose answers stand between."""
+    places = torch.arange(ids.shape[1], device=ids.device)
+    opened, closed = (torch.where(ids == token, places, -1).cummax(1).values for token in (first, last))
+    return opened > closed
+
+
 def kl_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
     """KL(softmax(wanted) ‖ softmax(logits)) in nats, [..., V] -> [...], in float32."""
     wanted = wanted.float().log_softmax(-1)
@@ -71,7 +78,7 @@ class EntropyTrainer(RandomStateKept):
     record, and with a `teacher` a share `distillation` of KL(teacher ‖ model) for the cross-entropy.
 
     The penalty is applied if the model has thresholds (an EReg variant), to real queries only where a batch has an
-    `attention_mask`. With reduction="mean" it is the mean over
+    `attention_mask`, and with `penalty_span` to those `between` two tokens. With reduction="mean" it is the mean over
     all micro-batches and processes of a step, with "sum" the sum, so that splitting a batch changes nothing (with
     per="head" the head means are those of a micro-batch). A step whose gradient is not finite is skipped and
     counted; `max_skipped_in_a_row` of them end training with `collapsed` set (on a GPU one step later).
@@ -92,6 +99,7 @@ class EntropyTrainer(RandomStateKept):
         self,
         *args,
         regularization: EntropyRegularization | None = None,
+        penalty_span: tuple[int, int] | None = None,
         entropy_every: int = 50,
         max_skipped_in_a_row: int = 20,
         warmup_from_zero: bool = True,
@@ -110,6 +118,7 @@ class EntropyTrainer(RandomStateKept):
             if isinstance(blocks, TokenBlocks) and blocks.ids.shape[1] > positions:
                 raise ValueError(f"blocks of {blocks.ids.shape[1]} tokens exceed the model's {positions} positions")
         self.regularization = regularization if self.model.config.entropy_regularization else None
+        self.penalty_span = penalty_span
         self.entropy_every = entropy_every
         self.max_skipped_in_a_row = max_skipped_in_a_row
         self.warmup_from_zero = warmup_from_zero
@@ -160,7 +169,11 @@ class EntropyTrainer(RandomStateKept):
             heads = self.model.config.n_head
             self._entropies.append(torch.stack([pad_heads(head_means(e, real), heads) for e in entropies]))
         if self.regularization is not None:
-            penalty = self.regularization(outputs.entropies, self.model.entropy_thresholds(), real)
+            counted = real
+            if self.penalty_span is not None:
+                counted = between(inputs["input_ids"], *self.penalty_span)
+                counted = counted if real is None else counted & real
+            penalty = self.regularization(outputs.entropies, self.model.entropy_thresholds(), counted)
             # Micro-batches add up, processes are averaged: a mean wants the first undone, a sum the second.
             if self.regularization.reduction == "mean" or self.regularization.per == "head":
                 penalty = penalty / self.current_gradient_accumulation_steps

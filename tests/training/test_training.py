@@ -32,7 +32,7 @@ from entropy_lib.training.recipe import RECIPES, Recipe, get_recipe, training_ar
 from entropy_lib.training.records import RunRecord, compare, load_runs, read_history
 from entropy_lib.training.run_folder import MARKER, RunFolder
 from entropy_lib.training.train import train_variant
-from entropy_lib.training.trainer import EntropyTrainer, TokenBlocks, collate_blocks
+from entropy_lib.training.trainer import EntropyTrainer, TokenBlocks, between, collate_blocks
 from entropy_lib.variants import VARIANTS, Variant
 
 EREG = "EReg(SM(t)+ScFuFFN)"
@@ -98,6 +98,42 @@ def test_a_step_is_cross_entropy_plus_penalty(corpus, tmp_path, reduction):
     assert row["penalty"] == pytest.approx(penalty.item(), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
     np.testing.assert_allclose(row["entropy"], entropies.mean((1, 3)).detach(), rtol=1e-5)
+
+
+def test_a_penalty_between_two_tokens_counts_no_other_query(corpus, tmp_path):
+    recipe = replace(RECIPE, steps=1, penalty_from=7, penalty_until=3, threshold_init=0.1)
+    model = build_model(EREG, vocab_size=VOCAB, n_positions=LENGTH, temperature_init=0.5, threshold_init=0.1, **MODEL)
+    reference, drawn = copy.deepcopy(model), []
+
+    def collate(blocks):
+        drawn.append(collate_blocks(blocks)["input_ids"])
+        return collate_blocks(blocks)
+
+    trainer = EntropyTrainer(
+        model=model, args=training_arguments(recipe, tmp_path, seed=0, eval_strategy="no"), data_collator=collate,
+        train_dataset=corpus[0]["train"], regularization=recipe.regularization(), penalty_span=(7, 3), entropy_every=1,
+    )  # fmt: skip
+    trainer.train()
+    (batch,) = drawn[:1]
+    entropies, total, count = torch.stack(reference(batch, output_entropies=True).entropies), 0.0, 0  # [L, B, H, T]
+    for row, ids in enumerate(batch.tolist()):
+        inside = False
+        for place, token in enumerate(ids):
+            inside = token != 3 and (inside or token == 7)
+            if inside:
+                deviation = entropies[:, row, :, place] - reference.entropy_thresholds() * np.log(LENGTH)
+                total += torch.where(deviation.abs() > 0.2 * np.log(LENGTH), deviation**2, 0.0).mean().item()
+                count += 1
+    assert 0 < count < batch.numel() / 2
+    assert total > 0
+    assert trainer.history[0]["penalty"] == pytest.approx(recipe.loss_coeff * total / count, rel=1e-4)
+    once, everywhere = (train(corpus, recipe=given) for given in (recipe, replace(recipe, penalty_from=0)))
+    assert column(once, "loss")[0] == column(everywhere, "loss")[0]
+    assert 0 < column(once, "penalty")[0] != column(everywhere, "penalty")[0]
+    assert between(torch.tensor([[3, 7, 1, 7, 3, 2]]), 7, 3).tolist() == [[False, True, True, True, False, False]]
+    for changes in ({"ceiling": "causal"}, {"per": "head"}):
+        with pytest.raises(ValueError, match="penalty_from needs ceiling='context' and per='query'"):
+            replace(RECIPE, penalty_from=5, **changes)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
