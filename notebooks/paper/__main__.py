@@ -4,13 +4,14 @@ experiments  train the runs of a table; what is on record is skipped
 tables       print the paper's tables beside the recorded runs, as Markdown
 frontier     perplexity against bytes between two parties, of every model on record
 conversion   convert SmolLM2-135M, one removal at a time, and fine-tune it
+arithmetic   train on sums and code, with the penalty on answers, on everything or on nothing
 """
 
 import sys
 from importlib import import_module
 from pathlib import Path
 
-COMMANDS = ("experiments", "tables", "frontier", "conversion")
+COMMANDS = ("experiments", "tables", "frontier", "conversion", "arithmetic")
 
 
 def main() -> int:
