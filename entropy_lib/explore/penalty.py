@@ -20,7 +20,7 @@ from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.training.records import RunRecord
 
 POINTS = 161  # of the curves
-ROOM = 200_000  # of the page without a kernel: characters of its runs, each zipped by itself
+ROOM = 225_000  # of the page without a kernel: characters of its runs, each zipped by itself
 REAL = "real rows"  # a group of the list
 STATES = {"below": COLLAPSE, "inside": HEALTHY, "above": OVERLOAD}
 
@@ -106,11 +106,12 @@ class PenaltyExplorer(ModuleExplorer):
         return place in (~self.entropy.isnan()).nonzero().tolist()
 
     def state(self) -> dict:
-        """What the page has without a kernel: the run shown, the first seed of each model, and others, up to `ROOM`."""
+        """Without a kernel, up to `ROOM`: the run that is shown, real rows, each model's first seed, and others."""
         kept, room, pairs = [], ROOM, zip(self.runs, self.records, strict=True)
         models = [(run["group"], getattr(record, "variant", run["name"])) for run, record in pairs]
         firsts = {model: n for n, model in reversed([*enumerate(models)])}
-        for n in dict.fromkeys([self.run, *sorted(firsts.values()), *range(len(self.runs))]):
+        real = [n for n, rows in enumerate(self._rows) if rows is not None]
+        for n in dict.fromkeys([self.run, *real, *sorted(firsts.values()), *range(len(self.runs))]):
             room -= len(zipped(self.runs[n]))
             if room < 0 and n != self.run:
                 break

@@ -1,5 +1,6 @@
 """Converted models: what is not changed is the same, and what is changed is what the plan says, by other means."""
 
+import copy
 import socket
 from dataclasses import replace
 
@@ -275,7 +276,8 @@ def test_a_private_pass_of_what_was_converted_fails_as_any_other(finished, priva
 
     with pytest.raises(RuntimeError, match=r"the server's process was ended by SIGKILL after \d+ of \d+ steps"):
         run_two_party(model, torch.arange(T), "CHEETAH", method="optimized", progress=kill)
-    stock = tiny("llama")
+    stock = copy.deepcopy(tiny("llama"))
+    stock.config = copy.deepcopy(stock.config)
     stock.config.hidden_act = "mish"
     with pytest.raises(ValueError, match="mish"):
         run_two_party(stock, torch.arange(T), "CHEETAH")
