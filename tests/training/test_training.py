@@ -787,7 +787,8 @@ def test_a_model_of_nans_is_a_collapse_with_its_last_entropies(corpus):
     json.dumps(record.summary(), allow_nan=False)
 
 
-def test_weight_decay_is_for_matrices_only(corpus):
+def test_weight_decay_is_for_matrices_only(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the Trainer makes a folder there
     model = build_model("SM+WNorm", **MODEL)
     trainer = EntropyTrainer(model=model, regularization=EntropyRegularization())
     names = trainer.get_decay_parameter_names(model)
