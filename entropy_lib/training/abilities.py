@@ -5,6 +5,7 @@ All but `answer_bits` are of random tokens, which no model of the language knows
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -136,7 +137,7 @@ def answer_bits(
         logits = model(ids).logits[:, :-1].transpose(1, 2).float()
         nats = cross_entropy(logits, ids[:, 1:], reduction="none").double().cpu()
         for row, (ids, begin), number in zip(nats, part, owner[first : first + batch], strict=True):
-            bits[number] += row[begin - 1 : len(ids) - 1].sum() / torch.log(torch.tensor(2.0, dtype=torch.float64))
+            bits[number] += row[begin - 1 : len(ids) - 1].sum() / math.log(2)
     return [bit / len(answer.text.encode()) for bit, answer in zip(bits.tolist(), answers, strict=True)]
 
 

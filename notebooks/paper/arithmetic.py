@@ -157,10 +157,8 @@ def main(arguments: list[str] | None = None) -> int:
                 recipe = replace(RECIPE, steps=options.steps, **changes)
                 record = train_variant(variant, data, recipe, size=size, seed=seed)
                 found = accuracy(record.model, data[1]) if record.status == "finished" else {}
-                result = {
-                    "condition": condition, "size": size, "seed": seed, "accuracy": found, "summary": record.summary(),
-                    "entropy": record.entropy,
-                }  # fmt: skip
+                result = {"condition": condition, "size": size, "seed": seed, "accuracy": found}
+                result["summary"] = record.summary()
                 path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
                 print(f"{path.stem}: {record.status}, {found}", flush=True)
     return 0

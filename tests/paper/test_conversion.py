@@ -46,6 +46,11 @@ def test_a_rehearsal_is_on_record_and_in_the_table(model, tmp_path, monkeypatch,
     assert row["on new training text"] == pytest.approx(math.exp(record.history["loss"].mean()))
     assert conversion.spread(Dataset.from_dict({"n": range(10)}), 3)["n"][:] == [0, 3, 6]
     assert conversion.spread(Dataset.from_dict({"n": range(2)}), 3)["n"][:] == [0, 1]
+    narrow = ["--list", "--max-tokens", "20000", *options[:2], *options[4:6]]
+    assert conversion.main(narrow, model) == 0
+    assert f"{name}: on record" in capsys.readouterr().out
+    assert conversion.main(["--table", "--output", str(tmp_path / "none")]) == 2
+    assert "has no records, unlike" in capsys.readouterr().err
     assert conversion.main(["--only", "SmolLM3", "--corpus", "sample", "--output", str(tmp_path)], model) == 2
     assert "unknown run SmolLM3; there are SmolLM2, SmolLM2+R" in capsys.readouterr().err
 

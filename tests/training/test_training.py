@@ -68,12 +68,11 @@ def column(record, name):
     return np.array(record.history[name].tolist(), dtype=float)
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_a_step_is_cross_entropy_plus_penalty(corpus, tmp_path, reduction):
-    """Loss, penalty, entropies and the gradient's norm of the first step, from the batch that was drawn."""
-    recipe = replace(RECIPE, steps=1, micro_batch=4, reduction=reduction)
+def first_step(corpus, recipe, tmp_path, threshold, **options):
+    """The model before a run's first step, the step's batch, and its row of the history."""
     torch.manual_seed(0)
-    model = build_model(EREG, vocab_size=VOCAB, n_positions=LENGTH, temperature_init=0.5, threshold_init=0.9, **MODEL)
+    sizes = {"vocab_size": VOCAB, "n_positions": LENGTH, "temperature_init": 0.5, "threshold_init": threshold, **MODEL}
+    model = build_model(EREG, **sizes)
     reference, drawn = copy.deepcopy(model), []
 
     def collate(blocks):
@@ -82,10 +81,17 @@ def test_a_step_is_cross_entropy_plus_penalty(corpus, tmp_path, reduction):
 
     trainer = EntropyTrainer(
         model=model, args=training_arguments(recipe, tmp_path, seed=0, eval_strategy="no"), data_collator=collate,
-        train_dataset=corpus[0]["train"], regularization=recipe.regularization(), entropy_every=1,
+        train_dataset=corpus[0]["train"], regularization=recipe.regularization(), entropy_every=1, **options,
     )  # fmt: skip
     trainer.train()
-    batch = torch.cat(drawn[:2])
+    return reference, torch.cat(drawn[: recipe.accumulation_steps(1)]), trainer.history[0]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_a_step_is_cross_entropy_plus_penalty(corpus, tmp_path, reduction):
+    """Loss, penalty, entropies and the gradient's norm of the first step, from the batch that was drawn."""
+    recipe = replace(RECIPE, steps=1, micro_batch=4, reduction=reduction)
+    reference, batch, row = first_step(corpus, recipe, tmp_path, threshold=0.9)
     out = reference(input_ids=batch, labels=batch, output_entropies=True)
     entropies, ceiling = torch.stack(out.entropies), np.log(LENGTH)  # [L, B, H, T]
     deviation = entropies - reference.entropy_thresholds()[:, None, :, None] * ceiling
@@ -93,7 +99,6 @@ def test_a_step_is_cross_entropy_plus_penalty(corpus, tmp_path, reduction):
     penalty = recipe.loss_coeff * (outside.mean() if reduction == "mean" else outside.sum() / (2 * 2))
     (out.loss + penalty).backward()
     norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm()
-    row = trainer.history[0]
     assert row["loss"] == pytest.approx(out.loss.item(), rel=1e-5)
     assert row["penalty"] == pytest.approx(penalty.item(), rel=1e-5)
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
@@ -102,19 +107,7 @@ def test_a_step_is_cross_entropy_plus_penalty(corpus, tmp_path, reduction):
 
 def test_a_penalty_between_two_tokens_counts_no_other_query(corpus, tmp_path):
     recipe = replace(RECIPE, steps=1, penalty_from=7, penalty_until=3, threshold_init=0.1)
-    model = build_model(EREG, vocab_size=VOCAB, n_positions=LENGTH, temperature_init=0.5, threshold_init=0.1, **MODEL)
-    reference, drawn = copy.deepcopy(model), []
-
-    def collate(blocks):
-        drawn.append(collate_blocks(blocks)["input_ids"])
-        return collate_blocks(blocks)
-
-    trainer = EntropyTrainer(
-        model=model, args=training_arguments(recipe, tmp_path, seed=0, eval_strategy="no"), data_collator=collate,
-        train_dataset=corpus[0]["train"], regularization=recipe.regularization(), penalty_span=(7, 3), entropy_every=1,
-    )  # fmt: skip
-    trainer.train()
-    (batch,) = drawn[:1]
+    reference, batch, first = first_step(corpus, recipe, tmp_path, threshold=0.1, penalty_span=(7, 3))
     entropies, total, count = torch.stack(reference(batch, output_entropies=True).entropies), 0.0, 0  # [L, B, H, T]
     for row, ids in enumerate(batch.tolist()):
         inside = False
@@ -126,7 +119,7 @@ def test_a_penalty_between_two_tokens_counts_no_other_query(corpus, tmp_path):
                 count += 1
     assert 0 < count < batch.numel() / 2
     assert total > 0
-    assert trainer.history[0]["penalty"] == pytest.approx(recipe.loss_coeff * total / count, rel=1e-4)
+    assert first["penalty"] == pytest.approx(recipe.loss_coeff * total / count, rel=1e-4)
     once, everywhere = (train(corpus, recipe=given) for given in (recipe, replace(recipe, penalty_from=0)))
     assert column(once, "loss")[0] == column(everywhere, "loss")[0]
     assert 0 < column(once, "penalty")[0] != column(everywhere, "penalty")[0]
