@@ -28,12 +28,13 @@ from entropy_lib.private_inference.plan import HeadPlan
 from entropy_lib.training.records import RunRecord, load_runs
 from entropy_lib.training.train import fine_tune
 
-MODEL, RUNS, LENGTH, MEASURED = "SmolLM2", (CLONE or Path()) / "data" / "runs" / "conversion", 128, 32
+MODEL, RUNS, MEASURED = "SmolLM2", (CLONE or Path()) / "data" / "runs" / "conversion", 32
+TOKENS = 16_384  # of a step
 COUNTS = (180, 112, 58, 30)  # of 270 softmaxes
 RATES = {MODEL: 3e-4}  # others 1e-3; neither was searched for
 RECIPE = Recipe(
-    steps=500, sequences_per_step=128, micro_batch=128, learning_rate=1e-3, warmup_from_zero=False, distillation=0.5,
-    anneal_start=0.05, anneal_end=0.6, entropy_every=100, eval_every=500, checkpoint_every=0, eval_blocks=1024,
+    steps=1000, learning_rate=1e-3, warmup_from_zero=False, distillation=0.5,
+    anneal_start=0.05, anneal_end=0.6, entropy_every=100, eval_every=0, checkpoint_every=0,
     precision="bfloat16",
 )  # fmt: skip
 
@@ -80,17 +81,18 @@ def table(records: list[RunRecord]) -> pd.DataFrame:
             original, layer_norm=not config["annealed_layer_norm"], activation=config["activation"],
             dynamic_heads=tuple(config["entropy_heads"]),
         )  # fmt: skip
-        given, careful = (inference_cost(architecture, LENGTH, p).communication_gb for p in ("spu-0.9.5", "optimized"))
+        given, careful = (
+            inference_cost(architecture, record.context_length, p).communication_gb for p in ("spu-0.9.5", "optimized")
+        )
+        whole = inference_cost(original, record.context_length, "spu-0.9.5").communication_gb
         done, usual = record.status == "finished", strength == RECIPE.norm_penalty_coeff
         rows[record.name + ("" if usual else f", norm penalty {strength:g}")] = {
             "softmaxes": sum(config["entropy_heads"]), "perplexity": record.eval_perplexity or math.nan,
             "on new training text": math.exp(record.history["loss"].iloc[-2:].mean()) if done else math.nan,
             "skipped steps": record.skipped_steps, "GB as given": given, "GB optimized": careful,
+            "optimized, of the original as given": careful / whole,
         }  # fmt: skip
-    found = pd.DataFrame(rows).T.sort_values("GB as given", ascending=False)
-    whole = inference_cost(original, LENGTH, "spu-0.9.5").communication_gb
-    found["optimized, of the original as given"] = found["GB optimized"] / whole
-    return found
+    return pd.DataFrame(rows).T.sort_values("GB as given", ascending=False)
 
 
 def main(arguments: list[str] | None = None, model=None) -> int:
@@ -100,7 +102,8 @@ def main(arguments: list[str] | None = None, model=None) -> int:
     parser.add_argument("--list", action="store_true", help="print the runs and which are on record, train none")
     parser.add_argument("--table", action="store_true", help="print perplexity against bytes of what is on record")
     parser.add_argument("--corpus", default="pypi-medium", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=RECIPE.steps, help="of 16,384 tokens; default: %(default)s")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a block; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=RECIPE.steps, help=f"of {TOKENS:,} tokens; default: %(default)s")
     parser.add_argument("--learning-rate", type=float, help="default: 1e-3, of the original 3e-4")
     parser.add_argument("--norm-penalty", type=float, default=RECIPE.norm_penalty_coeff, help="default: %(default)s")
     parser.add_argument("--max-tokens", type=int, help="train on the corpus's first this many; default: on all of it")
@@ -118,8 +121,12 @@ def main(arguments: list[str] | None = None, model=None) -> int:
         print("error: download SmolLM2 first, as notebook 03's section 'Get a model' says", file=sys.stderr)
         return 2
     model, tokenizer = model or load_smollm2()
-    recipe = replace(RECIPE, steps=options.steps, norm_penalty_coeff=options.norm_penalty, compile=options.compile)
-    data = load_corpus(options.corpus, LENGTH, tokenizer=tokenizer, max_tokens=options.max_tokens)
+    sequences = max(1, TOKENS // options.length)
+    recipe = replace(
+        RECIPE, steps=options.steps, context_length=options.length, sequences_per_step=sequences, micro_batch=sequences,
+        eval_blocks=8 * sequences, norm_penalty_coeff=options.norm_penalty, compile=options.compile,
+    )  # fmt: skip
+    data = load_corpus(options.corpus, options.length, tokenizer=tokenizer, max_tokens=options.max_tokens)
     measured = data[0]["train"].select(range(MEASURED))
     if options.max_tokens is None:  # as they come, blocks are of a few packages
         data[0]["validation"] = spread(data[0]["validation"], recipe.eval_blocks)
