@@ -23,7 +23,7 @@ class HeadStatistics(NamedTuple):
     by_distance: list[Tensor]
 
 
-def input_dependence(model: PreTrainedModel, blocks: Tensor, batch: int = 32) -> list[list[float]]:
+def input_dependence(model: PreTrainedModel, blocks: Tensor, batch: int | None = None) -> list[list[float]]:
     """How much each softmax head's attention depends on the input, in nats: [L][heads], 0 for a static pattern.
 
     The mean over blocks [N, T] and positions of KL(row ‖ the head's mean row at its position), which is
@@ -33,19 +33,18 @@ def input_dependence(model: PreTrainedModel, blocks: Tensor, batch: int = 32) ->
 
 
 @torch.no_grad()
-def head_statistics(model: PreTrainedModel, blocks: Tensor, batch: int = 32) -> HeadStatistics:
-    """`HeadStatistics` of a decoder on blocks [N, T].
+def head_statistics(model: PreTrainedModel, blocks: Tensor, batch: int | None = None) -> HeadStatistics:
+    """`HeadStatistics` of a decoder on blocks [N, T], `batch` at a time: by default 32 of 128 tokens, 2 of 512.
 
     The model stays in its mode, training or evaluation, and keeps its attention implementation.
     """
+    batch = batch or max(1, 32 * 128**2 // blocks.shape[1] ** 2)  # every layer's weights are in memory at once
     before, sums = model.config._attn_implementation, None
     try:
         model.set_attn_implementation("eager")
         for part in blocks.split(batch):
             outputs = model(part.to(model.device), output_attentions=True, use_cache=False, logits_to_keep=1)
-            weights = [a.double() for a in outputs.attentions]
-            rows = [a / a.sum(-1, keepdim=True) for a in weights]  # in half precision they sum to 1 ± 0.4%
-            found = [(a.sum(0), attention_entropy(a).sum(0)) for a in rows]  # [h, T, T], [h, T]
+            found = [_sums(weights) for weights in outputs.attentions]
             sums = found if sums is None else [(s + t, e + f) for (s, e), (t, f) in zip(sums, found, strict=True)]
     finally:
         model.set_attn_implementation(before)
@@ -55,6 +54,13 @@ def head_statistics(model: PreTrainedModel, blocks: Tensor, batch: int = 32) -> 
     none = torch.zeros(0), torch.zeros(0), torch.zeros(0, blocks.shape[1])
     entropy, dependence, by_distance = zip(*(next(of_layers) if count else none for count in heads), strict=True)
     return HeadStatistics([e.tolist() for e in entropy], [d.tolist() for d in dependence], list(by_distance))
+
+
+def _sums(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [B, h, T, T] -> over blocks the sum of rows [h, T, T] and of their entropies [h, T], in float64."""
+    rows = weights.double()
+    rows = rows / rows.sum(-1, keepdim=True)  # in half precision they sum to 1 ± 0.4%
+    return rows.sum(0), attention_entropy(rows).sum(0)
 
 
 def _of_means(rows: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

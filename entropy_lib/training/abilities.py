@@ -142,8 +142,9 @@ def answer_bits(
 
 
 @torch.no_grad()
-def loss_by_position(model: PreTrainedModel, blocks: Tensor, batch: int = SEQUENCES) -> list[float]:
+def loss_by_position(model: PreTrainedModel, blocks: Tensor, batch: int | None = None) -> list[float]:
     """Mean cross-entropy in nats of the tokens at positions 1 to T-1 of blocks [N, T]; their mean is the loss."""
+    batch = batch or max(1, 32_768 // blocks.shape[1])  # logits of so many tokens are in memory, 6 GB in SmolLM2
     total = torch.zeros(blocks.shape[1] - 1, dtype=torch.float64)
     for part in blocks.split(batch):
         part = part.to(model.device)
