@@ -12,7 +12,7 @@ from transformers.masking_utils import sdpa_mask
 
 
 @torch.no_grad()
-def logit_range(model: PreTrainedModel, blocks: Tensor, batch: int = 256) -> list[list[list[float]]]:
+def logit_range(model: PreTrainedModel, blocks: Tensor, batch: int = 64) -> list[list[list[float]]]:
     """How far attention logits reach from the mean of their row: [lowest, highest] by layer and softmax head.
 
     `model`: one of this library, or a stock GPT-2 or Llama. Over the keys that a query sees, after scale and

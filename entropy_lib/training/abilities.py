@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from entropy_lib.training.benchmarks import Answer
 
 SEQUENCES = 256
+LOGITS = 32_768  # tokens whose logits are in memory at a time, 6 GB for a vocabulary of 49,152
 WORD = 3  # tokens
 PATTERNS = {"copy": (0, 1, 2), "reverse": (2, 1, 0), "rotate": (1, 2, 0), "first": (0, 0, 0)}
 
@@ -25,7 +26,7 @@ def recall(
     positions: int | None = None,
     sequences: int = SEQUENCES,
     seed: int = 1,
-    batch: int = SEQUENCES,
+    batch: int | None = None,
 ) -> float:
     """Share of right next tokens in the second half of random tokens that are written twice.
 
@@ -42,7 +43,7 @@ def recall(
 
 
 def associative_recall(
-    model: PreTrainedModel, pairs: int, sequences: int = SEQUENCES, seed: int = 1, batch: int = SEQUENCES
+    model: PreTrainedModel, pairs: int, sequences: int = SEQUENCES, seed: int = 1, batch: int | None = None
 ) -> float:
     """Share of right values after a key, when `pairs` keys with a value each were read and are asked in another order.
 
@@ -69,7 +70,7 @@ def patterns(
     positions: int | None = None,
     sequences: int = SEQUENCES,
     seed: int = 1,
-    batch: int = SEQUENCES,
+    batch: int | None = None,
 ) -> list[float]:
     """Share of right tokens of a pattern's answer, by the number of examples before it: 0, 1, 2, ... as many as fit.
 
@@ -97,9 +98,10 @@ def _positions(model: PreTrainedModel, positions: int | None = None) -> int:
 
 
 @torch.no_grad()
-def _right(model: PreTrainedModel, ids: Tensor, batch: int, last: int) -> Tensor:
+def _right(model: PreTrainedModel, ids: Tensor, batch: int | None, last: int) -> Tensor:
     """[N, last-1]: whether each of the `last` tokens but the first is the most likely after those before it."""
-    guesses = [model(part, logits_to_keep=last).logits[:, :-1].argmax(-1) for part in ids.to(model.device).split(batch)]
+    parts = ids.to(model.device).split(batch or max(1, LOGITS // last))
+    guesses = [model(part, logits_to_keep=last).logits[:, :-1].argmax(-1) for part in parts]
     return torch.cat(guesses).cpu() == ids[:, 1 - last :]
 
 
@@ -144,7 +146,7 @@ def answer_bits(
 @torch.no_grad()
 def loss_by_position(model: PreTrainedModel, blocks: Tensor, batch: int | None = None) -> list[float]:
     """Mean cross-entropy in nats of the tokens at positions 1 to T-1 of blocks [N, T]; their mean is the loss."""
-    batch = batch or max(1, 32_768 // blocks.shape[1])  # logits of so many tokens are in memory, 6 GB in SmolLM2
+    batch = batch or max(1, LOGITS // blocks.shape[1])
     total = torch.zeros(blocks.shape[1] - 1, dtype=torch.float64)
     for part in blocks.split(batch):
         part = part.to(model.device)
