@@ -42,7 +42,11 @@ class StaticHeads(nn.Module):
         if visible is None:
             return torch.einsum("hqk,bhkd->bhqd", self.matrix(query_len, value.shape[2]).to(value.dtype), value)
         visible = visible.expand(-1, -1, query_len, value.shape[2])
-        distance = visible.sum(-1, keepdim=True) - visible.cumsum(-1)  # the keys that it sees after this one
+        # The keys that it sees after this one, counted by a product: of visible.cumsum(-1) torch 2.11 compiles a kernel
+        # for GPUs whose counts are wrong.
+        later = torch.ones(visible.shape[-1], visible.shape[-1], device=visible.device).tril(-1)
+        with torch.autocast(visible.device.type, enabled=False):  # counts above 256 are none in bfloat16
+            distance = (visible.float() @ later).long()
         weights = self.filter[:, distance.clamp(max=self.filter.shape[1] - 1)].movedim(0, 1)  # [B, heads, 1, T_q, T_k]
         weights = weights.squeeze(2).masked_fill(~visible, 0)
         return weights.to(value.dtype) @ value

@@ -252,6 +252,15 @@ def test_static_matrix_by_brute_force():
     assert (heads(torch.ones(2, 3, 4, 5), 4, torch.zeros(2, 1, 4, 4, dtype=torch.bool)) == 0).all()  # nothing visible
 
 
+def test_static_heads_count_hundreds_of_visible_keys_exactly_under_autocast():
+    """Counts above 256 are not all numbers of bfloat16."""
+    heads, value = StaticHeads(2, 600), torch.randn(1, 2, 600, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        heads.filter.normal_()
+        found = heads(value, 600, torch.ones(1, 1, 600, 600, dtype=torch.bool).tril())
+        torch.testing.assert_close(found, heads(value, 600), rtol=0.02, atol=0.3)
+
+
 def test_annealed_norm_starts_as_layer_norm_and_ends_linear():
     torch.manual_seed(0)
     norm, x = AnnealedLayerNorm(16, 1e-5).double(), torch.randn(3, 5, 16, dtype=torch.float64) * 2
