@@ -48,8 +48,8 @@ test-colab: export PYTHONPATH := $(CURDIR)/build/colab
 test-colab: $(READY)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PYTHONPATH) --requirement tests/colab_packages.txt
 	$(BIN)/python -c 'import ipywidgets, plotly; print(plotly.__file__, ipywidgets.__file__)' | grep -q 'build/colab.*build/colab'
-	$(BIN)/python -m pytest -W ignore::DeprecationWarning tests/explore
-	$(BIN)/python notebooks/run.py 00_start_here 01_entropy_math 09_explorers --output build/colab_notebooks
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -W ignore::DeprecationWarning tests/explore
+	$(BIN)/python notebooks/run.py 00_start_here 01_entropy_math 09_explorers --jobs 2 --output build/colab_notebooks
 
 lab: $(READY)
 	$(BIN)/jupyter lab --notebook-dir notebooks --LabApp.default_url=/lab/tree/00_start_here.ipynb
