@@ -61,7 +61,8 @@ def suggest_plan(
         model: a decoder that `inference_cost` can price.
         texts: blocks of token ids [N, T], or texts, which are joined and cut into such blocks.
         budget: 10^9 bytes of a pass over `context_length` tokens, both ways, embedding and vocabulary included.
-        relu: whether the plan also turns the activation into ReLU, the largest saving at today's prices.
+        relu: whether the plan also turns the activation into ReLU, the largest saving at today's prices. Without it
+            method "optimized" computes SiLU and GELU by segments, which costs SmolLM2-135M 0.1% of its perplexity.
         constant_norms: whether it turns norms into constants (the last stays). Fine in models trained for it; in
             SmolLM2-135M rare rows are 18 to 189 times the median, and once their norms are constant they overflow.
 
