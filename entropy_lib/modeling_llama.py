@@ -88,9 +88,12 @@ class _EntropyLlamaAttention:
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
-        past_key_values=None, entropies: list[Tensor] | None = None, **kwargs,
+        past_key_values=None, entropies: list[Tensor] | None = None, nothing_hidden: bool = False, **kwargs,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """As the stock layer's; a list of `entropies` is given this layer's, [B, h, T] in nats."""
+        """As the stock layer's; a list of `entropies` is given this layer's, [B, h, T] in nats.
+
+        `nothing_hidden` promises a mask that is plainly causal but for a sliding window.
+        """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (part(hidden_states).view(shape) for part in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
@@ -118,7 +121,9 @@ class _EntropyLlamaAttention:
         elif entropies is not None:
             entropy = query.new_zeros(query.shape[0], 0, query.shape[2])
         if self.static is not None:
-            visible = visible_keys(self, attention_mask, query, value.shape[2])
+            window, visible = getattr(self, "sliding_window", None), None
+            if not nothing_hidden or (window and value.shape[2] > window):
+                visible = visible_keys(self, attention_mask, query, value.shape[2])
             outputs.append(self.static(value[:, self.values], query.shape[2], visible).transpose(1, 2))
         if entropies is not None:
             entropies.append(entropy)
@@ -159,6 +164,8 @@ class _EntropyLlama:
         entropies = [] if output_entropies else None
         if output_entropies:
             kwargs["entropies"] = entropies
+        # Under torch.compile transformers builds the whole mask, and static heads would gather weights by it.
+        kwargs["nothing_hidden"] = attention_mask is None and position_ids is None and past_key_values is None
         output = super().forward(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
             past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,

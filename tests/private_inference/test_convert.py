@@ -299,3 +299,19 @@ def test_by_segments_is_silu_within_the_stated_error_in_a_copy():
     assert 7.3e-3 < error < 7.5e-3  # data/private_inference/README.md
     assert 0 < (logits(changed) - logits(model)).abs().max() < 0.05
     assert torch.equal(model.model.layers[0].mlp.act_fn(x), torch.nn.functional.silu(x))
+
+
+def test_static_heads_of_a_plain_pass_are_given_no_mask_unless_a_window_hides_keys(monkeypatch):
+    model = tiny("llama")
+    private = convert_for_private_inference(model, planned(model, SOME))
+    windowed = AutoModelForCausalLM.from_config(MistralConfig(**GATED, sliding_window=T)).eval()
+    windowed = convert_for_private_inference(windowed, planned(windowed, SOME))
+    for holder in (windowed.config, *(layer.self_attn for layer in windowed.model.layers)):
+        holder.sliding_window = 4
+    seen = logits(private, attention_mask=torch.ones_like(BLOCKS)), logits(windowed, attention_mask=BLOCKS * 0 + 1)
+    asked, real = [], modeling_llama.visible_keys
+    monkeypatch.setattr(modeling_llama, "visible_keys", lambda *given: asked.append(1) or real(*given))
+    torch.testing.assert_close(logits(private), seen[0])
+    assert not asked
+    torch.testing.assert_close(logits(windowed), seen[1])
+    assert len(asked) == len(windowed.model.layers)
