@@ -89,6 +89,8 @@ def table(records: list[RunRecord]) -> pd.DataFrame:
         rows[record.name + ("" if usual else f", norm penalty {strength:g}")] = {
             "softmaxes": sum(config["entropy_heads"]), "perplexity": record.eval_perplexity or math.nan,
             "on new training text": math.exp(record.history["loss"].iloc[-2:].mean()) if done else math.nan,
+            "recall": math.nan if record.recall is None else record.recall,
+            "copy": (record.patterns or {}).get("copy", [math.nan])[-1],  # with the most examples that fit
             "skipped steps": record.skipped_steps, "GB as given": given, "GB optimized": careful,
             "optimized, of the original as given": careful / whole,
         }  # fmt: skip

@@ -46,6 +46,8 @@ def test_a_rehearsal_is_on_record_and_in_the_table(model, tmp_path, monkeypatch,
     original = conversion.replace(small, activation="silu", dynamic_heads=(9,) * 30)
     whole = inference_cost(original, 64, "spu-0.9.5").communication_gb
     assert row["optimized, of the original as given"] == row["GB optimized"] / whole
+    assert row["recall"] == record.recall
+    assert row["copy"] == record.patterns["copy"][7]  # 64 tokens are eight of them
     assert row["on new training text"] == pytest.approx(math.exp(record.history["loss"].mean()))
     assert conversion.spread(Dataset.from_dict({"n": range(10)}), 3)["n"][:] == [0, 3, 6]
     assert conversion.spread(Dataset.from_dict({"n": range(2)}), 3)["n"][:] == [0, 1]
