@@ -88,7 +88,7 @@ def mixed(corpus: str, count: int, seed: int):
         together = np.concatenate([source, np.array(ids[:wanted]).reshape(-1, LENGTH)])[generator.permutation(blocks)]
         column = pa.FixedSizeListArray.from_arrays(together.astype("uint16").ravel(), LENGTH)
         info = DatasetInfo(dataset_name=f"arithmetic+{corpus}")
-        fingerprint = f"arithmetic-{corpus}-{seed}-{split}-{count}"  # its own, of a table, fails in Python 3.12
+        fingerprint = f"arithmetic-{corpus}-{seed}-{split}-{count}"  # a hash of the table failed in Python 3.12
         splits[split] = Dataset(pa.table({"input_ids": column}), info=info, fingerprint=fingerprint)
     return DatasetDict(splits), tokenizer
 

@@ -3,9 +3,9 @@
 Every run has the same tokens and the original as its teacher; "SmolLM2" itself is the original fine-tuned so too, what
 the others are held against. Runs on record are skipped. It needs notebook 03's download, and a GPU.
 
-Blocks are drawn from the whole corpus, and held out from all of its validation split. The runs on record
-(data/runs/conversion_narrow) are `--max-tokens 8192000`: the first that many tokens, which are four packages, and
-validation's first blocks, a fifth one.
+Blocks are drawn from the whole corpus, and held out from all of its validation split. data/runs/conversion_narrow is
+`--max-tokens 8192000 --steps 500`: the first that many tokens, which are four packages, and validation's first blocks,
+a fifth one. data/runs/conversion_english is `--corpus english --steps 400`.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def spread(blocks: Dataset, count: int) -> Dataset:
 def table(records: list[RunRecord]) -> pd.DataFrame:
     """Perplexity against bytes of the recorded runs, and both against the original's.
 
-    Twice: held out, and on the text that the last two recorded steps were about to learn from, which no run had seen
-    and which is the same for all.
+    Twice: held out, and on the text that the last two recorded steps were about to learn from, the same for all, which
+    no run had seen unless its tokens are more than the corpus has, as in English.
     """
     original = Architecture(
         layers=30, heads=9, width=576, vocabulary=49152, activation="silu", ffn_width=1536, norm="rmsnorm", gated=True,
@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None, model=None) -> int:
     options = parser.parse_args(arguments)
     if options.table:
         if not (records := load_runs(options.output) if options.output.is_dir() else []):
-            print(f"error: {options.output} has no records, unlike data/runs/conversion_narrow", file=sys.stderr)
+            print(f"error: {options.output} has no records, unlike data/runs/conversion", file=sys.stderr)
             return 2
         print(table(records).to_string(float_format="{:.3g}".format))
         return 0
