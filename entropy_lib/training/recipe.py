@@ -26,6 +26,7 @@ class Recipe:
         warmup_ratio: share of the steps with a rising learning rate, before its linear decay to 0.
         warmup_from_zero: whether the rising rate starts at 0, as in transformers' schedule, whose first of W warm-up
             steps changes nothing; False starts it at 1/W.
+        optimizer: "adamw", or "muon" for the blocks' matrices (see `MuonAdamW`).
         data_seed: of the order of the data; None takes the run's seed, which is the initialisation's.
         entropy_every, eval_every: steps between recorded entropies, and between evaluations (0: at the end only).
         checkpoint_every: steps between checkpoints (0: only when interrupted).
@@ -52,6 +53,7 @@ class Recipe:
     learning_rate: float = 1e-3
     warmup_ratio: float = 0.05
     warmup_from_zero: bool = True
+    optimizer: str = "adamw"
     data_seed: int | None = None
     weight_decay: float = 0.1
     adam_epsilon: float = 1e-8
@@ -101,6 +103,8 @@ class Recipe:
             raise ValueError(f"distillation must be in [0, 1], got {self.distillation}")
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision must be 'float32' or 'bfloat16', got {self.precision!r}")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer must be 'adamw' or 'muon', got {self.optimizer!r}")
         if not self.anneal_start < self.anneal_end <= 1:
             raise ValueError(
                 f"anneal_start must be below anneal_end, and that at most 1, got {self.anneal_start} and "

@@ -267,6 +267,7 @@ def _train(
         entropy_every=recipe.entropy_every,
         max_skipped_in_a_row=recipe.max_skipped_in_a_row,
         warmup_from_zero=recipe.warmup_from_zero,
+        muon=recipe.optimizer == "muon",
         layer_norm_blend=recipe.layer_norm_blend,
         norm_penalty_coeff=recipe.norm_penalty_coeff,
         teacher=teacher,

@@ -22,6 +22,7 @@ from entropy_lib.annealed_layer_norm import anneal
 from entropy_lib.entropy import head_means, pad_heads
 from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.training.global_state import RandomStateKept
+from entropy_lib.training.muon import MuonAdamW
 from entropy_lib.training.records import read_history, write_history, written_whole
 
 
@@ -103,6 +104,7 @@ class EntropyTrainer(RandomStateKept):
         entropy_every: int = 50,
         max_skipped_in_a_row: int = 20,
         warmup_from_zero: bool = True,
+        muon: bool = False,
         layer_norm_blend: Callable[[int], float] | None = None,
         norm_penalty_coeff: float = 0.0,
         teacher: PreTrainedModel | None = None,
@@ -122,6 +124,7 @@ class EntropyTrainer(RandomStateKept):
         self.entropy_every = entropy_every
         self.max_skipped_in_a_row = max_skipped_in_a_row
         self.warmup_from_zero = warmup_from_zero
+        self.muon = muon
         anneals = self.model.config.annealed_layer_norm
         self.layer_norm_blend = layer_norm_blend if anneals else None
         self.norm_penalty_coeff = norm_penalty_coeff if anneals else 0.0
@@ -211,6 +214,13 @@ class EntropyTrainer(RandomStateKept):
         """Weight decay for matrices only: not for biases, gains, α, β, thresholds, temperatures or filters."""
         named = model.named_parameters()
         return [n for n, p in named if p.dim() >= 2 and not n.endswith(("log_temperature", "static.filter"))]
+
+    def create_optimizer(self, model=None):
+        if self.muon and self.optimizer is None:
+            _, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)  # AdamW's
+            decayed = set(self.get_decay_parameter_names(self.model))
+            self.optimizer = MuonAdamW(self.model, decayed, weight_decay=self.args.weight_decay, **settings)
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """The Trainer's linear schedule, or the same one step ahead while it rises (see `Recipe.warmup_from_zero`)."""

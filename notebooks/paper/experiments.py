@@ -83,6 +83,7 @@ def _ablation() -> dict[str, dict]:
 
 _FROM_ONE = {"data_seed": 0, "warmup_from_zero": False}
 _SCALED = {"scaled_residual_init": True}
+_MUON = {"optimizer": "muon"}
 _LOWER_RATES = {f"{rate}": {"learning_rate": rate} for rate in (6e-4, 3e-4)}
 _BASELINE = _runs("table3", ["SM+LN+G"], FULL, seeds=(0, 1, 2))
 _GOALS = ("SM(2)+LN(a)+R+V", "SM(3)+LN(a)+R+V", "SM(1)+LN(a)+R+V", "R2(0,0,1)+LN(a)+R(2d)+V")
@@ -95,6 +96,11 @@ _LANGUINI = {"temperature_init": 0.1, "loss_coeff": 5 * 0.16384, "eval_blocks": 
 
 def _margin(factor: float) -> tuple[Run, ...]:
     return _runs(f"figures7_8/gamma{factor:.2f}", [EREG], SHORT | {"tolerance_margin_factor": factor})
+
+
+def _against_gpt2(setting: str, changes: dict, **run) -> tuple[Run, ...]:
+    baseline = _runs(f"private/{setting}", ["SM+LN+G"], changes | _SCALED, **run)
+    return (*baseline, *_runs(f"private/{setting}", ["SM(3)+LN(a)+R+V"], changes, **run))
 
 
 _RANKED = _runs("head_choice/ranked", ["SM+LN+G"], SHORT | {"scaled_residual_init": True})
@@ -236,6 +242,22 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_runs("private/600M", ["SM+LN+G"], LONG | _SCALED),
                 *_runs("private/600M", ["SM(3)+LN(a)+R+V"], LONG),
             ),
+        ),
+        (
+            "private_elsewhere",
+            "beyond the paper: does the lead hold at T = 256, on English at T = 512, at 18 layers, with Muon for both?",
+            (
+                *_against_gpt2("T256", SHORT | _T256),
+                *_against_gpt2("english", SHORT | _T512 | {"eval_blocks": 1024}, corpus="english"),
+                *_against_gpt2("muon_66M", SHORT | _MUON),
+                *_against_gpt2("18_layers", SHORT, size="gpt2-18l"),
+                *_against_gpt2("muon_200M", FULL | _MUON),
+            ),
+        ),
+        (
+            "private_penalty",
+            "beyond the paper: does the penalty help the 36 heads that stay? 66M tokens, three seeds",
+            _runs("private/66M", ["SM(3)+LN(a)+R+V", "EReg(SM(3)+LN(a)+R+V)"], SHORT, seeds=(0, 1, 2)),
         ),
         ("head_choice_ranked", "SM+LN+G whose heads are ranked by entropy and input dependence, 66M tokens", _RANKED),
         (
