@@ -274,13 +274,14 @@ class _InterruptAt(TrainerCallback):
             self.interrupt()
 
 
-@pytest.mark.parametrize("by", ["Ctrl-C", "an event"])
-def test_interrupted_run_resumes_to_the_same_losses(corpus, tmp_path, by):
-    whole, stop = train(corpus), threading.Event() if by == "an event" else None
+@pytest.mark.parametrize(("by", "optimizer"), [("Ctrl-C", "adamw"), ("an event", "adamw"), ("Ctrl-C", "muon")])
+def test_interrupted_run_resumes_to_the_same_losses(corpus, tmp_path, by, optimizer):
+    recipe, stop = replace(RECIPE, optimizer=optimizer), threading.Event() if by == "an event" else None
+    whole, interrupted = train(corpus, recipe=recipe), _InterruptAt(4, *([stop.set] if stop else []))
     with pytest.raises(KeyboardInterrupt, match="stopped after step 4 of 6"):
-        train(corpus, run_dir=tmp_path / "run", callbacks=[_InterruptAt(4, *([stop.set] if stop else []))], stop=stop)
+        train(corpus, recipe=recipe, run_dir=tmp_path / "run", callbacks=[interrupted], stop=stop)
     assert (tmp_path / "run" / "checkpoint-4").is_dir()
-    resumed = train(corpus, run_dir=tmp_path / "run")
+    resumed = train(corpus, recipe=recipe, run_dir=tmp_path / "run")
     assert resumed.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
     for name in ("loss", "penalty", "entropy", "thresholds", "grad_norm"):
         np.testing.assert_array_equal(column(whole, name), column(resumed, name), err_msg=name)
@@ -736,9 +737,10 @@ class _NaNGradients(TrainerCallback):
         self.changed[state.global_step] = any((a != b).any().item() for a, b in zip(after, self.before, strict=True))
 
 
-def test_a_non_finite_step_is_skipped_and_counted(corpus):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_non_finite_step_is_skipped_and_counted(corpus, optimizer):
     watch = _NaNGradients({3})
-    record = train(corpus, recipe=replace(RECIPE, warmup_ratio=0.0), callbacks=[watch])
+    record = train(corpus, recipe=replace(RECIPE, warmup_ratio=0.0, optimizer=optimizer), callbacks=[watch])
     assert record.status == "finished"
     assert record.skipped_steps == 1
     assert watch.changed == {1: True, 2: True, 3: False, 4: True, 5: True, 6: True}
@@ -794,6 +796,37 @@ def test_weight_decay_is_for_matrices_only(corpus, tmp_path, monkeypatch):
     for part in ("log_temperature", "reg_threshold_weights", "alpha", "beta", "c_attn.bias"):
         assert any(name.endswith(part) for name in kept), part
     assert any(name.endswith("c_attn.weight") for name in trainer.get_decay_parameter_names(ereg))
+
+
+@pytest.mark.parametrize("variant", [EREG, "SM+LN+G", "SM(1)+LN(a)+R+V"])
+def test_muon_moves_the_blocks_matrices_and_adamw_the_rest(corpus, variant):
+    """Against the closed forms of a first step at rate r: U Vᵀ of the gradient's SVD, and the gradient's sign."""
+    rate, decay, seen = 1e-3, 0.1, {}
+
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.update({n: (p.detach().clone(), p.grad.clone()) for n, p in model.named_parameters()})
+
+    recipe = replace(RECIPE, steps=1, learning_rate=rate, weight_decay=decay, warmup_ratio=0.0, optimizer="muon")
+    after = dict(train(corpus, variant, recipe, callbacks=[Watch()]).model.named_parameters())
+    matrices = {n for n in seen if n.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))}
+    assert len(matrices) == sum(p.dim() == 2 and ".h." in n for n, p in after.items()) - sum(
+        n.endswith(("log_temperature", "static.filter")) for n in after
+    )
+    for name, (before, gradient) in seen.items():
+        step = (before - after[name].detach()) / rate
+        if name in matrices:
+            step = (step - decay * before) / (0.2 * max(before.shape) ** 0.5)
+            left, values, right = torch.linalg.svd(gradient.double(), full_matrices=False)
+            along = torch.einsum("ik,ij,kj->k", left, step.double(), right)  # 1 each, but for Newton-Schulz
+            strong = along[values > 0.1 * values.max()]
+            assert 0.6 < strong.min() <= strong.max() < 1.3, name
+            # and nothing beside the gradient's singular directions
+            assert (step - (left * along) @ right).norm() < 0.15 * step.norm(), name  # in bfloat16
+        elif name.endswith(("wte.weight", "wpe.weight")):
+            step = step - decay * before
+            clear = gradient.abs() > 1e-5
+            torch.testing.assert_close(step[clear], gradient[clear].sign(), rtol=1e-2, atol=1e-2)
 
 
 def test_bfloat16_and_compiled_runs_follow_the_plain_one(corpus):
@@ -995,6 +1028,7 @@ def test_compare_table(corpus, tmp_path):
         ({"tolerance_margin_factor": -0.1}, "tolerance_margin_factor"),
         ({"steps": 0}, "steps"),
         ({"precision": "fp8"}, "precision"),
+        ({"optimizer": "sgd"}, "optimizer"),
         ({"warmup_ratio": 1.0}, "warmup_ratio"),
     ],
 )
