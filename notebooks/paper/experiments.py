@@ -248,7 +248,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "beyond the paper: does the lead hold at T = 256, on English at T = 512, at 18 layers, with Muon for both?",
             (
                 *_against_gpt2("T256", SHORT | _T256),
-                *_against_gpt2("english", SHORT | _T512 | {"eval_blocks": 1024}, corpus="english"),
+                *_against_gpt2("english", SHORT | _T512 | {"eval_blocks": 1024}, seeds=(0, 1), corpus="english"),
                 *_against_gpt2("muon_66M", SHORT | _MUON),
                 *_against_gpt2("18_layers", SHORT, size="gpt2-18l"),
                 *_against_gpt2("muon_200M", FULL | _MUON),
