@@ -112,7 +112,10 @@ def test_a_head_is_selected_and_told_of_at_the_step(records):
         records[0],
         *(
             next(r for r in runs.recorded(None) if wanted(r))
-            for wanted in (lambda r: r.size == "gpt2-18l", lambda r: r.variant == "EReg(SM(3)+LN(a)+R+V)")
+            for wanted in (
+                lambda r: (r.size, r.variant) == ("gpt2-18l", "SM+LN+G"),
+                lambda r: r.variant == "EReg(SM(3)+LN(a)+R+V)",
+            )
         ),
     )
     explorer = explore.run_explorer([small, large, static])
