@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -76,11 +78,19 @@ class AnnealedLayerNorm(nn.Module):
         return scaled - scaled.mean(0, keepdim=True), bias + self.bias @ weight
 
 
-def anneal(model: nn.Module, blend: float) -> None:
-    """After a training step: the constants of a model's annealed norms move on, and `blend` of each is constant."""
-    for module in model.modules():
-        if isinstance(module, AnnealedLayerNorm):
-            module.anneal(blend)
+def anneal(model: nn.Module, blend: float, summed: Callable[[Tensor], Tensor] | None = None) -> None:
+    """After a training step: the constants of a model's annealed norms move on, and `blend` of each is constant.
+
+    `summed` adds a tensor up over the processes of a step, so that all move their constants alike.
+    """
+    norms = [module for module in model.modules() if isinstance(module, AnnealedLayerNorm)]
+    if summed is not None and norms:
+        totals = summed(torch.stack([torch.cat([norm._log_sum, norm._passes]) for norm in norms]))
+        for norm, (log_sum, passes) in zip(norms, totals, strict=True):
+            norm._log_sum.fill_(log_sum)
+            norm._passes.fill_(passes)
+    for norm in norms:
+        norm.anneal(blend)
 
 
 class AnnealedRMSNorm(AnnealedLayerNorm):

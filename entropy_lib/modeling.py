@@ -285,7 +285,7 @@ class EntropyGPT2Block(GPT2Block):
     X_out = X_SA + FFN(LN(X_SA)),                FFN(X) = σ(X·W_in)·W_out
     X_out = β·X_SA + (1/α)·FFN(X_SA)             with scaling (Eq. 8), one α and β a layer
 
-    Annealed LayerNorms leave their penalties in the pass's own list, `norm_penalties`.
+    Annealed LayerNorms leave their penalties in the pass's own `norm_penalties`.
     """
 
     def __init__(self, config: EntropyGPT2Config, layer_idx: int):
@@ -310,7 +310,7 @@ class EntropyGPT2Block(GPT2Block):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
-        norm_penalties: list[Tensor] | None = None,
+        norm_penalties: _Penalties | None = None,
         **kwargs,
     ) -> Tensor:
         attention_output = self.attn(
@@ -328,12 +328,22 @@ class EntropyGPT2Block(GPT2Block):
         return self.beta * hidden_states + ffn_output
 
 
-def _normed(norm: nn.Module, x: Tensor, penalties: list[Tensor] | None) -> Tensor:
+class _Penalties:
+    """What annealed norms leave. No list: of a list among a block's arguments FSDP makes a copy."""
+
+    def __init__(self):
+        self.values: list[Tensor] = []
+
+    def mean(self) -> Tensor | None:
+        return torch.stack(self.values).mean() if self.values else None
+
+
+def _normed(norm: nn.Module, x: Tensor, penalties: _Penalties | None) -> Tensor:
     if not isinstance(norm, AnnealedLayerNorm):
         return norm(x)
     x, penalty = norm(x)
     if penalties is not None:
-        penalties.append(penalty)
+        penalties.values.append(penalty)
     return x
 
 
@@ -464,7 +474,7 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         plain = attention_mask is None and position_ids is None and past_key_values is None
         if plain and self.config._attn_implementation in ("entropy_on_request", "entropy"):
             attention_mask = no_mask(ids_or_embeds.device)
-        penalties: list[Tensor] = []
+        penalties = _Penalties()
         if self.config.annealed_layer_norm and self.training:
             kwargs["norm_penalties"] = penalties
         body = self.transformer(
@@ -491,7 +501,7 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
             hidden_states=body.hidden_states,
             attentions=body.attentions,
             entropies=body.get("entropies"),
-            norm_penalty=torch.stack(penalties).mean() if penalties else None,
+            norm_penalty=penalties.mean(),
         )
 
     def generate(self, *args, output_entropies: bool | None = None, **kwargs):
@@ -531,15 +541,17 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
 
     def ffn_scales(self) -> tuple[Tensor, Tensor] | None:
         """α and β, [L] each; None if the variant has none."""
-        alpha = self._stack_layers(lambda block: getattr(block, "alpha", None))
-        return None if alpha is None else (alpha, self._stack_layers(lambda block: block.beta))
+        blocks = self.transformer.h
+        if not hasattr(blocks[0], "alpha"):
+            return None
+        return torch.stack([block.alpha for block in blocks]), torch.stack([block.beta for block in blocks])
 
     def _stack_layers(self, get) -> Tensor | None:
         values = [get(block) for block in self.transformer.h]
         if values[0] is None:
             return None
         most = max(self.config.entropy_heads())
-        return torch.stack([pad_heads(value, most) if value.dim() else value for value in values])
+        return torch.stack([pad_heads(value, most) for value in values])
 
 
 AutoConfig.register(EntropyGPT2Config.model_type, EntropyGPT2Config)
@@ -550,6 +562,9 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
     "small": {"n_layer": 6, "n_head": 8, "n_embd": 256, "n_positions": 128, "vocab_size": 8192},
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "gpt2-18l": {"n_layer": 18, "n_head": 12, "n_embd": 768},
+    "350M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "1.3B": {"n_layer": 24, "n_head": 16, "n_embd": 2048},
+    "3.2B": {"n_layer": 24, "n_head": 26, "n_embd": 3328},  # 1.4 billion where the FFN is fused
 }
 
 

@@ -6,8 +6,8 @@ or published as static pages.
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 from pathlib import Path
 
 import nbformat
@@ -138,6 +138,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(prog="python notebooks/to_html.py", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    main(parser.parse_args().folder)

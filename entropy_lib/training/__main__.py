@@ -55,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default="smoke", choices=list(RECIPES))
     parser.add_argument("--seed", "--seeds", dest="seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--norm-placement", choices=NORM_PLACEMENTS, help="for SM+WNorm and SM+SNorm (Table 5)")
+    parser.add_argument("--fsdp", action="store_true",
+                        help="under torchrun: share weights, gradients and moments out over the processes")  # fmt: skip
+    parser.add_argument("--checkpoint-activations", action="store_true", help="compute them again instead of keeping")
     parser.add_argument("--output", default="build/runs", help="folder of the run records (default: %(default)s)")
     add_parallel_options(parser)
     add_recipe_options(parser)
@@ -69,6 +72,10 @@ def main(arguments: list[str] | None = None) -> int:
         for variant in options.variants:
             get_variant(variant)
         recipe = get_recipe(options.recipe, **changes)
+        overrides = {"fsdp": True} if options.fsdp else {}
+        overrides |= {"gradient_checkpointing": True} if options.checkpoint_activations else {}
+        if options.parallel is not None and overrides:
+            raise ValueError("--parallel is a process a run: --fsdp and --checkpoint-activations go without it")
         if options.parallel is not None:
             runs = [
                 Run(variant, Path(options.output), seed, options.recipe, changes, options.size, options.corpus,
@@ -87,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
                 record = train_variant(
                     variant, corpus, recipe, size=options.size, seed=seed, output_dir=options.output,
                     model_config={"norm_placement": options.norm_placement} if options.norm_placement else None,
-                    overwrite=options.again,
+                    training_overrides=overrides or None, overwrite=options.again,
                 )  # fmt: skip
                 records.append(record)
                 if main_process:

@@ -14,7 +14,8 @@ import pandas as pd
 import pyarrow.compute as compute
 import torch
 from datasets import Dataset
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
@@ -74,6 +75,16 @@ def kl_divergence(wanted: Tensor, logits: Tensor) -> Tensor:
     return (wanted.exp() * (wanted - logits.float().log_softmax(-1))).sum(-1)
 
 
+def whole(value: Tensor | None) -> Tensor | None:
+    """A parameter that FSDP has shared out, whole again. Its gradient becomes the mean over processes, as FSDP's do."""
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor(grad_placements=[Partial()] * value.device_mesh.ndim)
+    if full.requires_grad:
+        full.register_hook(lambda gradient: gradient / value.device_mesh.size())
+    return full
+
+
 class EntropyTrainer(RandomStateKept):
     """transformers' Trainer for `EntropyGPT2LMHeadModel` and `modeling_llama`: cross-entropy + λ·penalty, entropies on
     record, and with a `teacher` a share `distillation` of KL(teacher ‖ model) for the cross-entropy.
@@ -113,6 +124,8 @@ class EntropyTrainer(RandomStateKept):
     ):
         kwargs.setdefault("data_collator", collate_blocks)
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            self._scalars_as_vectors()
         positions = self.context_length = self.model.config.n_positions
         if isinstance(self.train_dataset, TokenBlocks):
             self.context_length = self.train_dataset.ids.shape[1]
@@ -149,6 +162,13 @@ class EntropyTrainer(RandomStateKept):
         self.remove_callback(PrinterCallback)  # the history and the progress line say it better
         self.add_callback(_RecordAndSkip(self))
 
+    def _scalars_as_vectors(self) -> None:
+        """α and β, which FSDP does not share out as they are."""
+        for module in self.model.modules():
+            for name, value in [*module.named_parameters(recurse=False)]:
+                if not value.dim():
+                    setattr(module, name, nn.Parameter(value.detach().reshape(1), value.requires_grad))
+
     # -- loss ---------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -176,7 +196,7 @@ class EntropyTrainer(RandomStateKept):
             if self.penalty_span is not None:
                 counted = between(inputs["input_ids"], *self.penalty_span)
                 counted = counted if real is None else counted & real
-            penalty = self.regularization(outputs.entropies, self.model.entropy_thresholds(), counted)
+            penalty = self.regularization(outputs.entropies, whole(self.model.entropy_thresholds()), counted)
             # Micro-batches add up, processes are averaged: a mean wants the first undone, a sum the second.
             if self.regularization.reduction == "mean" or self.regularization.per == "head":
                 penalty = penalty / self.current_gradient_accumulation_steps
@@ -253,7 +273,7 @@ class EntropyTrainer(RandomStateKept):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """The Trainer hands the norm before clipping through here, just before `on_pre_optimizer_step`."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         self._skip_if_not_finite(norm)
         if norm.device.type != "cuda":
             self._grad_norms.append((norm, None))
@@ -389,7 +409,7 @@ class EntropyTrainer(RandomStateKept):
     def _row(self, losses: list[float], entropy: Tensor, learning_rate: float) -> dict:
         self._read_grad_norms()
         model, scales = self.model, self.model.ffn_scales()
-        thresholds, temperatures = model.entropy_thresholds(), model.temperatures()
+        thresholds, temperatures = whole(model.entropy_thresholds()), whole(model.temperatures())
         heads = model.config.n_head
         step = self.state.global_step
         return {
@@ -401,8 +421,8 @@ class EntropyTrainer(RandomStateKept):
             "entropy": entropy.tolist(),
             "thresholds": None if thresholds is None else pad_heads(thresholds.T, heads).T.tolist(),
             "temperatures": None if temperatures is None else pad_heads(temperatures.mean(-1).T, heads).T.tolist(),
-            "alpha": None if scales is None else scales[0].tolist(),
-            "beta": None if scales is None else scales[1].tolist(),
+            "alpha": None if scales is None else whole(scales[0]).flatten().tolist(),
+            "beta": None if scales is None else whole(scales[1]).flatten().tolist(),
             "learning_rate": learning_rate,
             "grad_norm": self.grad_norm,
             "skipped": self.skipped,
@@ -431,7 +451,8 @@ class _RecordAndSkip(TrainerCallback):
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         if self.trainer.layer_norm_blend is not None:
-            anneal(self.trainer.model, self.trainer.layer_norm_blend(state.global_step))
+            summed = self.trainer.accelerator.reduce if args.world_size > 1 else None  # reduce's default is the sum
+            anneal(self.trainer.model, self.trainer.layer_norm_blend(state.global_step), summed)
         self.trainer.record_step(lr_scheduler.get_last_lr()[0])
         if self.trainer.collapsed:
             control.should_training_stop = True

@@ -916,29 +916,64 @@ def _text_corpus(folder):
     return path
 
 
+# accelerate has FSDP for GPUs alone, though torch's runs on a CPU: this process takes its own for one.
+FSDP_ON_CPU = """
+import sys
+from accelerate.state import DistributedType, PartialState
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer
+from entropy_lib.training.__main__ import main
+
+def as_on_gpus(self, *args, set_up=PartialState.__init__, **kwargs):
+    set_up(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_GPU
+
+def watched(self, *args, evaluate=Trainer.evaluate, **kwargs):
+    assert isinstance(self.model, FSDPModule)
+    return evaluate(self, *args, **kwargs)
+
+PartialState.__init__, Trainer.evaluate = as_on_gpus, watched
+sys.exit(main())
+"""
+
+
 @pytest.mark.xdist_group("training")
 def test_two_processes_give_the_losses_of_one(tmp_path):
-    text = _text_corpus(tmp_path)
+    """With the whole model in each, and with the model shared out."""
+    text, variants = _text_corpus(tmp_path), [EREG, "SM(1)+LN(a)+R+V"]
     options = [
-        "-m", "entropy_lib.training", "--variant", EREG, "--corpus", str(text), "--steps", "4", "--micro-batch", "4",
+        "--variant", *variants, "--corpus", str(text), "--steps", "4", "--micro-batch", "4",
         "--sequences-per-step", "8", "--context-length", "16", "--entropy-every", "1", "--eval-every", "2",
         "--eval-blocks", "7", "--threshold-init", "0.9",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ENTROPY_LIB_CACHE": str(tmp_path / "cache")}
     environment["ACCELERATE_USE_CPU"] = "true"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command, name in (([sys.executable], "one"), (launch, "two")):
+    script = tmp_path / "fsdp_on_cpu.py"
+    script.write_text(FSDP_ON_CPU)
+    commands = {
+        "one": [sys.executable, "-m", "entropy_lib.training"],
+        "two": [*launch, "-m", "entropy_lib.training"],
+        "fsdp": [*launch, str(script), "--fsdp", "--checkpoint-activations"],
+    }
+    found = {}
+    for name, command in commands.items():
         output = ["--output", str(tmp_path / name)]
         done = subprocess.run(
             [*command, *options, *output], env=environment, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (load_runs(tmp_path / name)[0] for name in ("one", "two"))
-    assert (one.processes, two.processes) == (1, 2)
-    for name in ("loss", "penalty", "entropy", "thresholds"):
-        np.testing.assert_allclose(column(two, name), column(one, name), rtol=2e-4, atol=1e-6, err_msg=name)
-    assert two.eval_loss == pytest.approx(one.eval_loss, rel=1e-5)  # 7 blocks in two batches of 4: one comes twice
-    np.testing.assert_allclose(two.entropy, one.entropy, rtol=1e-5)
+        found[name] = {record.variant: record for record in load_runs(tmp_path / name)}
+    for variant in variants:
+        one = found["one"][variant]
+        for two in (found["two"][variant], found["fsdp"][variant]):
+            assert (one.processes, two.processes) == (1, 2)
+            for name in ("loss", "penalty", "entropy", "grad_norm", *(["thresholds", "alpha"] * (variant == EREG))):
+                np.testing.assert_allclose(column(two, name), column(one, name), rtol=2e-4, atol=1e-6, err_msg=name)
+            # 7 blocks in two batches of 4: one comes twice
+            assert two.eval_loss == pytest.approx(one.eval_loss, rel=1e-5)
+            np.testing.assert_allclose(np.array(two.entropy, float), np.array(one.entropy, float), rtol=1e-4)
 
 
 def test_command_line(tmp_path, capsys):
