@@ -30,7 +30,8 @@ class Recipe:
         data_seed: of the order of the data; None takes the run's seed, which is the initialisation's.
         entropy_every, eval_every: steps between recorded entropies, and between evaluations (0: at the end only).
         checkpoint_every: steps between checkpoints (0: only when interrupted).
-        eval_blocks: validation blocks used, from the start of the split; all of them if there are fewer.
+        eval_blocks: validation blocks used, from the start of the split; all of them if there are fewer. Recall and
+            patterns are measured on as many sequences, 256 at most.
         loss_coeff, tolerance_margin_factor, reduction, per, ceiling: of `EntropyRegularization`, for variants with
             entropy regularisation. The paper's λ = 1e-5 on the sum over 128 sequences of 128 tokens is 0.164 on the
             mean, which does not depend on the batch.

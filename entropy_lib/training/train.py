@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from entropy_lib.input_dependence import input_dependence
 from entropy_lib.logit_range import logit_range
 from entropy_lib.modeling import build_model
-from entropy_lib.training.abilities import PATTERNS, associative_recall, loss_by_position, patterns, recall
+from entropy_lib.training.abilities import PATTERNS, SEQUENCES, associative_recall, loss_by_position, patterns, recall
 from entropy_lib.training.cache import cache_folder
 from entropy_lib.training.corpus import load_corpus
 from entropy_lib.training.global_state import OwnDraws, one_training_at_a_time
@@ -328,10 +328,11 @@ def _abilities(model: PreTrainedModel, trainer: EntropyTrainer, recipe: Recipe) 
         length = recipe.context_length
         pairs = [2**power for power in range(length.bit_length()) if 4 * 2**power <= length]
         pairs = [count for count in pairs if count <= model.config.vocab_size]
+        few = {"sequences": min(SEQUENCES, recipe.eval_blocks)}
         return {
-            "recall": recall(model, length) if length > 3 else None,
-            "associative_recall": {str(count): associative_recall(model, count) for count in pairs},
-            "patterns": {kind: patterns(model, kind, length) for kind in PATTERNS} if length > 7 else {},
+            "recall": recall(model, length, **few) if length > 3 else None,
+            "associative_recall": {str(count): associative_recall(model, count, **few) for count in pairs},
+            "patterns": {kind: patterns(model, kind, length, **few) for kind in PATTERNS} if length > 7 else {},
             "loss_by_position": loss_by_position(model, blocks),
             "logit_range": logit_range(model, blocks[:256]),
             "input_dependence": input_dependence(model, blocks[:256]),

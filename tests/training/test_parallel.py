@@ -119,7 +119,7 @@ def test_a_record_is_of_a_run_only_if_all_that_determines_it_is_the_same(tmp_pat
 
 
 def other(value):
-    choices = {"mean": "sum", "query": "head", "context": "causal", "float32": "bfloat16", None: 7}
+    choices = {"mean": "sum", "query": "head", "context": "causal", "float32": "bfloat16", "adamw": "muon", None: 7}
     return (
         choices[value]
         if value in choices
