@@ -20,6 +20,11 @@ from entropy_lib.private_inference.llama import is_llama, llama_weights
 from entropy_lib.private_inference.methods import apply_method, check_spread, get_method
 from entropy_lib.private_inference.parties import run_plan
 
+# The engine's 1/√ is wrong from a mean square of 2¹⁷ on, and the sum of a row's squares must stay below 2²⁷: half of
+# each.
+ROW_LIMIT = 2.0**8
+_NORMS = ("ln_1", "ln_2", "ln_f", "input_layernorm", "post_attention_layernorm", "norm")
+
 _EXPECTED = "expected a model of this library, a GPT2LMHeadModel or one of Llama's kind"
 
 
@@ -57,7 +62,7 @@ class TwoPartyResult:
 
 def run_two_party(
     model: torch.nn.Module, input_ids: Tensor, protocol: str = "SEMI2K", *, method: str = "as given",
-    spread: float | None = None, logits_to_keep: int = 0, record: list | None = None,
+    spread: float | None = None, largest_row: float | None = None, logits_to_keep: int = 0, record: list | None = None,
     progress: Callable[[int, int], None] | None = None, **options,
 ) -> TwoPartyResult:  # fmt: skip
     """The logits of `model` on one sequence, computed by two parties on secret shares.
@@ -78,11 +83,14 @@ def run_two_party(
             logits", for fewer still, if attention's logits stay near the mean of their row. See `methods.METHODS`.
         spread: for "bounded logits", how far they reach from it at most, see `logit_range`. None measures it on
             `input_ids`, which a server does not see: it would measure on texts of its own.
+        largest_row: root mean square of the largest row that a norm reads, after centring where it centres. What the
+            parties' arithmetic bears is `ROW_LIMIT`; where RMSNorms read more (in SmolLM2-135M 996, on its first
+            token), the whole stream is carried at a smaller scale, which they do not see. None measures it likewise.
         logits_to_keep: of the last so many tokens, 0 for all.
         record, progress, host, ports, timeout, delay: see `parties.run_plan`.
 
-    Raises ValueError for a model with an operation that is not supported, an unknown method, and logits that reach
-    farther than the method bears; otherwise as `parties.run_plan`.
+    Raises ValueError for a model with an operation that is not supported, an unknown method, and logits or rows of
+    LayerNorms that reach farther than is borne; otherwise as `parties.run_plan`.
     """
     kept = whole_number("logits_to_keep", logits_to_keep)
     bounded = get_method(method).spread is not None
@@ -94,15 +102,53 @@ def run_two_party(
         model = copy.deepcopy(model).eval()  # the caller's may be in training in another thread
     if bounded:
         check_spread(method, _spread(model, ids) if spread is None else spread)
+    plain, measured = _plain_pass(model, ids, kept)
+    _carry_rows(architecture, weights, public, measured if largest_row is None else largest_row)
     one_hot = np.eye(architecture.vocabulary, dtype=np.float32)[ids.numpy()]
     shapes = {name: list(array.shape) for name, array in weights.items()}
     plan = forward_plan(architecture, shapes, len(ids), kept, **public)
     plan, values = apply_method(plan, {**weights, "one_hot": one_hot}, method)
     outputs, steps = run_plan(plan, values, protocol, record=record, progress=progress, **options)
     logits = torch.from_numpy(outputs["logits"]).float()[None]
-    with torch.no_grad():
-        plain = model(ids[None].to(model.device), logits_to_keep=kept).logits.float().cpu()
     return TwoPartyResult(logits, (logits - plain).abs().max().item(), protocol, steps)
+
+
+@torch.no_grad()
+def _plain_pass(model: torch.nn.Module, ids: Tensor, kept: int) -> tuple[Tensor, float]:
+    """The model's own logits, and the root mean square of the largest row that one of its norms reads."""
+    largest = torch.zeros((), dtype=torch.float64)
+
+    def measure(norm, inputs):
+        rows = inputs[0].double()
+        if hasattr(norm, "bias"):  # a LayerNorm
+            rows = rows - rows.mean(-1, keepdim=True)
+        largest.copy_(torch.maximum(largest, rows.square().mean(-1).max().sqrt().cpu()))  # NaN stays NaN
+
+    norms = [module for name, module in model.named_modules() if name.rpartition(".")[2] in _NORMS]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms if float(getattr(norm, "blend", 0)) < 1]
+    try:
+        logits = model(ids[None].to(model.device), logits_to_keep=kept).logits.float().cpu()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits, largest.item()
+
+
+def _carry_rows(architecture: Architecture, weights: dict, public: dict, largest: float) -> None:
+    """Have the stream at a scale at which norms can take their largest row, or raise ValueError."""
+    limit = min(ROW_LIMIT, 2.0**13 / architecture.width**0.5)
+    if largest <= limit:
+        return
+    if not (architecture.norm == "rmsnorm" and architecture.layer_norm and math.isfinite(largest)):
+        raise ValueError(
+            f"a norm reads rows with a root mean square of up to {largest:.4g}, and the parties' arithmetic bears "
+            f"{limit:.4g}: its results would be wrong"
+        )
+    scale = 2.0 ** math.floor(math.log2(limit / largest))
+    public["stream_scale"] = scale
+    for name in weights:
+        if name == "tokens" or name.split(".")[1:2] in (["attention_out"], ["ffn_out"]):
+            weights[name] = weights[name] * np.float32(scale)
 
 
 def _spread(model: torch.nn.Module, ids: Tensor) -> float:
@@ -241,12 +287,14 @@ def server_weights(model: torch.nn.Module, context_length: int) -> tuple[Archite
 
 def forward_plan(
     architecture: Architecture, weights: dict[str, list[int]], context_length: int, logits_to_keep: int = 0, *,
-    epsilon: float = 1e-5, frequencies: list[float] | None = None, head_order: dict[int, list[int]] | None = None,
+    epsilon: float = 1e-5, stream_scale: float = 1.0, frequencies: list[float] | None = None,
+    head_order: dict[int, list[int]] | None = None,
 ) -> dict:  # fmt: skip
     """The plan of a forward pass (see `party`): the client's one-hot ids to logits, or, without a vocabulary, one or
-    more blocks from a hidden state that both parties hold shares of. `weights`: name to shape; `epsilon` of RMSNorms;
-    `frequencies`: of rotary positions, in radians a token, one for each pair of columns of a head; `head_order`: by
-    layer the model's numbers of the heads, softmax heads first."""
+    more blocks from a hidden state that both parties hold shares of. `weights`: name to shape; `epsilon` of RMSNorms,
+    `stream_scale` at which the weights carry what they read; `frequencies`: of rotary positions, in radians a token,
+    one for each pair of columns of a head; `head_order`: by layer the model's numbers of the heads, softmax heads
+    first."""
     a, t = architecture, context_length
     inputs = {name: {"owner": "server", "shape": shape, "dtype": "float32"} for name, shape in weights.items()}
     steps = []
@@ -262,7 +310,7 @@ def forward_plan(
 
     def norm(name, result, source="x"):
         if a.norm == "rmsnorm":  # its gain is in the next matrix
-            step("RMSNorm", "rmsnorm", [source], result, epsilon=epsilon)
+            step("RMSNorm", "rmsnorm", [source], result, epsilon=epsilon * (stream_scale**2 if source == "x" else 1.0))
         else:
             step("LayerNorm", "layernorm", [source, f"{name}.weight", f"{name}.bias"], result)
 

@@ -11,6 +11,7 @@ from transformers import (
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
@@ -138,6 +139,22 @@ def test_a_window_is_priced_as_what_it_hides_too():
 def test_what_has_no_price_is_named(config, operation):
     with pytest.raises(ValueError, match=operation):
         inference_cost(config, T, "spu-0.9.5")
+
+
+@pytest.mark.parametrize("method", ["as given", "optimized"])
+def test_a_row_beyond_what_norms_bear_is_carried_smaller_or_refused(method, private, started):
+    """As SmolLM2-135M's first token: one row a thousand times the others, RMS 2,000."""
+    model = tiny("qwen3")
+    row = model.model.embed_tokens.weight[0]
+    row.mul_(2000 / row.square().mean().sqrt())
+    result = run_two_party(model, torch.arange(T), "SEMI2K", method=method)
+    assert result.max_error < 2e-2 * max(1, result.logits.std())
+    gpt2 = GPT2LMHeadModel(CONFIGS["gpt2"]).eval().requires_grad_(False)
+    gpt2.transformer.wte.weight[0, 0] = 20_000
+    with pytest.raises(ValueError, match=r"root mean square of up to 248\d, and the parties' arithmetic bears 256"):
+        run_two_party(gpt2, torch.arange(T), "SEMI2K", method=method)
+    with pytest.raises(ValueError, match="up to nan"):
+        run_two_party(model, torch.arange(T), "SEMI2K", method=method, largest_row=math.nan)
 
 
 @pytest.mark.parametrize("method", ["as given", "optimized"])
