@@ -12,6 +12,8 @@ from entropy_lib.explore.inspector import TEXTS
 from entropy_lib.explore.recorded_runs import recorded
 from entropy_lib.explore.tiny_model import load_tiny_model
 
+DEEPER = "gpt2-18l", "SM+LN+G"  # size and variant of a run with other layers and no static head
+
 
 @pytest.fixture(scope="module")
 def records():
@@ -24,7 +26,7 @@ def test_runs(page, records):
     root.scroll_into_view_if_needed()
     explorer = run_explorer(records)
     explorer.left = 1
-    explorer.right = next(i for i, r in enumerate(records) if (r.size, r.status) == ("gpt2-18l", "finished"))
+    explorer.right = next(i for i, r in enumerate(records) if (r.size, r.variant) == DEEPER)
     root.locator(".entropy-left").focus()
     page.keyboard.press("Home")
     page.keyboard.press("ArrowDown")
@@ -46,7 +48,8 @@ def test_a_head_of_the_penalty_is_shown_by_the_runs(page, records):
     heads = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-gamma)")
     root = page.locator(".jp-OutputArea-output .entropy-module:has(.entropy-right)")
     penalty, explorer = penalty_explorer(), run_explorer(records)
-    penalty.run, record = next((n, r) for n, r in enumerate(penalty.records) if getattr(r, "size", "") == "gpt2-18l")
+    runs = ((n, r) for n, r in enumerate(penalty.records) if hasattr(r, "size"))
+    penalty.run, record = next((n, r) for n, r in runs if (r.size, r.variant) == DEEPER)
     explorer.left = [other.path for other in records].index(record.path)
     explorer.right = int(root.locator(".entropy-right").input_value())
     explorer.step = int(root.locator("output").inner_text())
