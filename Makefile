@@ -15,10 +15,12 @@ READY := $(VENV)/.ready
 PRIVATE := .venv-private
 ENGINE := entropy_lib/private_inference/requirements.txt
 
-# Two threads at most: the models of the smoke runs are too small to feed more. Where two processes work side by side,
-# one each is faster.
+# Two threads at most: the models of the smoke runs are too small to feed more. Where two of them are trained side by
+# side, one each is faster.
+ifndef OMP_NUM_THREADS
+run: export OMP_NUM_THREADS := 1
+endif
 export OMP_NUM_THREADS ?= 2
-run test test-colab: export OMP_NUM_THREADS := 1
 # Waiting threads sleep instead of spinning, for machines that run something else as well.
 export OMP_WAIT_POLICY ?= PASSIVE
 export JUPYTER_PLATFORM_DIRS := 1

@@ -84,7 +84,7 @@ def run_two_party(
         spread: for "bounded logits", how far they reach from it at most, see `logit_range`. None measures it on
             `input_ids`, which a server does not see: it would measure on texts of its own.
         largest_row: root mean square of the largest row that a norm reads, after centring where it centres. What the
-            parties' arithmetic bears is `ROW_LIMIT`; where RMSNorms read more (in SmolLM2-135M 996, on its first
+            parties' arithmetic bears is `ROW_LIMIT`; where RMSNorms read more (in SmolLM2-135M 1,003, on its first
             token), the whole stream is carried at a smaller scale, which they do not see. None measures it likewise.
         logits_to_keep: of the last so many tokens, 0 for all.
         record, progress, host, ports, timeout, delay: see `parties.run_plan`.

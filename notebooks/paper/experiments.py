@@ -238,10 +238,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         (
             "private_600M",
             "beyond the paper: does the lead of 36 softmax heads survive 600M tokens? One seed",
-            (
-                *_runs("private/600M", ["SM+LN+G"], LONG | _SCALED),
-                *_runs("private/600M", ["SM(3)+LN(a)+R+V"], LONG),
-            ),
+            _against_gpt2("600M", LONG),
         ),
         (
             "private_elsewhere",
