@@ -564,6 +564,7 @@ MODEL_SIZES: dict[str, dict[str, int]] = {
     "gpt2-18l": {"n_layer": 18, "n_head": 12, "n_embd": 768},
     "350M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "1.3B": {"n_layer": 24, "n_head": 16, "n_embd": 2048},
+    "1.9B": {"n_layer": 24, "n_head": 20, "n_embd": 2560},
     "3.2B": {"n_layer": 24, "n_head": 26, "n_embd": 3328},
 }
 
@@ -574,8 +575,8 @@ def build_model(variant: str | Variant, size: str = "tiny", **config) -> Entropy
     Args:
         variant: a name in `VARIANTS`, or a `Variant`.
         size: "tiny" (4 layers, 4 heads, d=64; seconds on a CPU), "small" (6/8/256), "gpt2" (12/12/768),
-            "gpt2-18l" (18/12/768, Table 8), "350M" (24/16/1024), "1.3B" (24/16/2048) or "3.2B" (24/26/3328; with a
-            fused FFN 1.4 billion parameters). Those three are called by SM+LN+G's parameters.
+            "gpt2-18l" (18/12/768, Table 8), "350M" (24/16/1024), "1.3B" (24/16/2048), "1.9B" (24/20/2560) or "3.2B"
+            (24/26/3328; with a fused FFN 1.4 billion parameters). Those four are called by SM+LN+G's parameters.
         **config: any field of `EntropyGPT2Config`, e.g. vocab_size, n_positions, norm_placement="QK+FFN".
     """
     variant = get_variant(variant)

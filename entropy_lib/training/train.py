@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from numbers import Integral
@@ -254,7 +254,8 @@ def _train(
     teacher: PreTrainedModel | None,
 ) -> RunRecord:
     """The training itself; `known` are the fields of the record that are known before."""
-    with OwnDraws(known["seed"]):
+    # What is shared out over GPUs is large: a CPU takes a minute to draw a billion weights.
+    with OwnDraws(known["seed"]), arguments.device if arguments.fsdp else nullcontext():
         model = make()
     blocks = dataset["validation"]
     trainer = EntropyTrainer(
