@@ -38,6 +38,8 @@ class Recipe:
         penalty_from, penalty_until: two token ids; the penalty counts queries from the first on and before the second,
             and no others, so that thresholds are those of one kind of token. 0, the end of text, in the first: all.
         temperature_init, threshold_init: t and θ at the start.
+        initializer_range: std of the weights at the start. GPT-2's 0.02 is for d = 768: without LayerNorm, 24 layers
+            of d = 3,328 start so at a loss of thousands of nats, and at 0.02·√(768/d) as those of d = 768.
         scaled_residual_init: see `EntropyGPT2Config`.
         anneal_start, anneal_end: shares of the steps between which annealed LayerNorms (LN(a)) become constant.
         norm_penalty_coeff: factor of their penalty, mean(log²(k·std)), in the loss of training.
@@ -72,6 +74,7 @@ class Recipe:
     penalty_until: int = 0
     temperature_init: float = 1e-2
     threshold_init: float = 0.5
+    initializer_range: float = 0.02
     scaled_residual_init: bool = True
     anneal_start: float = 0.3
     anneal_end: float = 0.7
@@ -98,6 +101,8 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.temperature_init:
             raise ValueError("temperature_init must be above 0, got 0.0: the model divides by it")
+        if not self.initializer_range:
+            raise ValueError("initializer_range must be above 0, got 0.0: weights of 0 learn nothing")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be in [0, 1), got {self.warmup_ratio}")
         if self.distillation > 1:

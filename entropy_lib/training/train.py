@@ -99,6 +99,7 @@ def train_variant(
         "n_positions": recipe.context_length,
         "temperature_init": recipe.temperature_init,
         "threshold_init": recipe.threshold_init,
+        "initializer_range": recipe.initializer_range,
         "scaled_residual_init": recipe.scaled_residual_init,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

@@ -88,6 +88,8 @@ _LOWER_RATES = {f"{rate}": {"learning_rate": rate} for rate in (6e-4, 3e-4)}
 _BASELINE = _runs("table3", ["SM+LN+G"], FULL, seeds=(0, 1, 2))
 _GOALS = ("SM(2)+LN(a)+R+V", "SM(3)+LN(a)+R+V", "SM(1)+LN(a)+R+V", "R2(0,0,1)+LN(a)+R(2d)+V")
 _T256 = {"context_length": 256, "sequences_per_step": 256, "micro_batch": 256}
+# 24 layers of d = 1,024, started with the variance of d = 768; torch.compile would take longer than the run.
+_350M = {"steps": 150, "eval_every": 0, "eval_blocks": 1024, "compile": False, "initializer_range": 0.0173}
 # English has 4.4M training tokens, so few steps: 20M tokens are four and a half passes. λ is 5 times CodeParrot's, as
 # in the paper, on a mean as there, since the batch that the paper sums over is not printed.
 _T512 = {"context_length": 512, "sequences_per_step": 128, "micro_batch": 128, "steps": 300, "eval_every": 100}
@@ -270,6 +272,16 @@ EXPERIMENTS: dict[str, Experiment] = {
                 *_sweep("noise", ["SM+LN+G", EREG], SHORT, {f"order{k}": {"data_seed": k} for k in range(1, 6)}),
                 *_runs("noise/warmup_from_one_step", ["SM+LN+G", EREG], SHORT | _FROM_ONE),
                 *_runs("noise/warmup_from_one_step", [EREG], SHORT | _FROM_ONE, seeds=(1, 2)),
+            ),
+        ),
+        (
+            "learning_rates_350M",
+            "rates for the billion, searched for at 24 layers of d = 1,024, 10M tokens",
+            (
+                *_sweep("learning_rates_350M", [EREG, "SM+ScFuFFN"], SHORT | _350M | _SCALED,
+                        {f"{rate}": {"learning_rate": rate} for rate in (6e-4, 3e-4, 1.5e-4)}, size="350M"),
+                *_sweep("learning_rates_350M", ["SM(3)+LN(a)+R+V"], SHORT | _350M,
+                        {f"{rate}": {"learning_rate": rate} for rate in (1e-3, 6e-4, 3e-4)}, size="350M"),
             ),
         ),
         ("warmup_33M", "are the runs of 33M tokens at their best? 50 steps of warm-up against 150", _33M),
