@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM
 
 from entropy_lib import build_model, fold_for_inference, record_entropy
@@ -180,6 +181,15 @@ def test_every_parameter_learns_and_checkpointing_changes_nothing(private_model)
 def test_reentrant_checkpoints_are_refused(tiny_model):
     with pytest.raises(ValueError, match="use_reentrant=False"):
         tiny_model("SM(1)+LN(a)+R+V").gradient_checkpointing_enable({"use_reentrant": True})
+
+
+def test_blocks_hand_each_other_nothing_that_fsdp_copies(private_model):
+    """FSDP takes a block's arguments apart and puts them together anew, in bf16 those of every block."""
+    private_model.train()
+    expected = losses(private_model, tokens())
+    for block in private_model.transformer.h:
+        block.register_forward_pre_hook(lambda _, args, kwargs: tree_map(lambda x: x, (args, kwargs)), with_kwargs=True)
+    torch.testing.assert_close(losses(private_model, tokens()), expected)
 
 
 def test_bf16_is_close_and_finite(private_model):

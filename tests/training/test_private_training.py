@@ -63,9 +63,11 @@ def test_without_softmax_there_are_no_bands(corpus):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_interrupted_and_resumed_is_one_run(corpus, tmp_path, compiled):
-    recipe = replace(RECIPE, steps=4, checkpoint_every=2, compile=compiled)
-    sizes = SIZES | {"n_layer": 2 if compiled else 3}  # every layer is compiled, three times
-    whole = train(corpus, VARIANT, recipe, model_config=sizes, run_dir=tmp_path / "whole")
+    recipe = replace(RECIPE, steps=4, checkpoint_every=2)
+    how = {"model_config": SIZES}
+    if compiled:
+        how["training_overrides"] = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    whole = train(corpus, VARIANT, recipe, **how, run_dir=tmp_path / "whole")
     from transformers import TrainerCallback
 
     class Stop(TrainerCallback):
@@ -73,8 +75,8 @@ def test_interrupted_and_resumed_is_one_run(corpus, tmp_path, compiled):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(corpus, VARIANT, recipe, model_config=sizes, run_dir=tmp_path / "half", callbacks=[Stop()])
-    again = train(corpus, VARIANT, recipe, model_config=sizes, run_dir=tmp_path / "half")
+        train(corpus, VARIANT, recipe, **how, run_dir=tmp_path / "half", callbacks=[Stop()])
+    again = train(corpus, VARIANT, recipe, **how, run_dir=tmp_path / "half")
     assert again.eval_loss == pytest.approx(whole.eval_loss, rel=1e-6)
 
 
