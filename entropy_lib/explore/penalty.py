@@ -20,7 +20,7 @@ from entropy_lib.regularization import EntropyRegularization
 from entropy_lib.training.records import RunRecord
 
 POINTS = 161  # of the curves
-ROOM = 240_000  # of the page without a kernel: characters of its runs, each zipped by itself
+ROOM = 262_000  # of the page without a kernel: characters of its runs, each zipped by itself
 REAL = "real rows"  # a group of the list
 STATES = {"below": COLLAPSE, "inside": HEALTHY, "above": OVERLOAD}
 

@@ -235,7 +235,7 @@ def test_without_a_kernel_the_page_has_the_run_that_is_shown_first_seeds_and_oth
     firsts = {(run["group"], record.variant) for run, record in pairs}
     assert firsts <= {(run["group"], run["name"].split(", seed")[0]) for run in kept["runs"]}
     assert len(firsts) + 1 < len(kept["runs"]) < len(explorer.runs)
-    assert len(explorer.html()) < 205_000
+    assert len(explorer.html()) < 225_000
     monkeypatch.setattr(penalty, "ROOM", 10)
     kept = explorer.state()
     assert (kept["runs"], kept["run"]) == ([explorer.runs[explorer.run]], 0)
