@@ -37,7 +37,7 @@ test: $(VENV)/.evaluation
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	PYTHONPATH=notebooks:data $(BIN)/lint-imports --no-cache
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 3 --dist loadgroup
 	$(BIN)/python -m pytest -n 2 --dist loadfile --nbval-lax --nbval-sanitize-with tests/nbval_sanitize.cfg -p no:cacheprovider notebooks
 
 test-browser: $(VENV)/.browser

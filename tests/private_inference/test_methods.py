@@ -87,11 +87,13 @@ CASES = [
     ("optimized", "relu_attention", [rows(7)], lambda z: over_visible(np.maximum(z, 0)), 1e-4),
     ("optimized", "square_attention", [rows(7)], lambda z: over_visible(z**2), 1e-4),
     ("optimized", "multiply", [rows(7), rows(7)[..., :1]], np.multiply, 1e-3),
-    *(("optimized", "layernorm", [x], centre_and_scale, 3e-3) for x in (NORMAL, 100 * NORMAL, MANY)),
+    *(("optimized", "layernorm", [x], centre_and_scale, 2e-3) for x in (NORMAL, MANY)),
+    *(("optimized", "rmsnorm", [x], scale, 2e-3) for x in (NORMAL, MANY)),
+    # Nearly as far as the engine can: a unit of 1/std, 2^-18 of 1/300, is 1.5e-3 of what comes out, and up to three
+    # are off, at random.
+    ("optimized", "layernorm", [100 * NORMAL], centre_and_scale, 6e-3),
+    ("optimized", "rmsnorm", [70 * NORMAL], scale, 6e-3),
     ("optimized", "layernorm", [FLAT], centre_and_scale, 2e-2),
-    *(
-        ("optimized", "rmsnorm", [x], scale, 3e-3) for x in (NORMAL, 70 * NORMAL, MANY)
-    ),  # nearly as far as the engine can
 ]
 
 
