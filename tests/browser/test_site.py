@@ -11,7 +11,7 @@ from entropy_lib.explore import microscope, penalty_explorer, run_explorer
 
 PAGES = ["index", *sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb")), "microscope"]
 MODULES = {"index": 1, "00_start_here": 2, "06_entropy_guided_attention": 1, "09_explorers": 6, "11_private_gpt2": 1}
-MODULES |= {"01_entropy_math": 1, "03_any_transformer": 1, "microscope": 1}
+MODULES |= {"01_entropy_math": 1, "03_any_transformer": 1, "13_what_the_paper_asked": 1, "microscope": 1}
 
 
 @pytest.fixture(scope="module")
