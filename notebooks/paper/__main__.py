@@ -4,6 +4,7 @@ experiments  train the runs of a table; what is on record is skipped
 tables       print the paper's tables beside the recorded runs, as Markdown
 frontier     perplexity against bytes between two parties, of every model on record
 conversion   convert SmolLM2-135M, one removal at a time, and fine-tune it
+abilities    train, and ask what is left beside perplexity
 arithmetic   train on sums and code, with the penalty on answers, on everything or on nothing
 """
 
@@ -11,7 +12,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-COMMANDS = ("experiments", "tables", "frontier", "conversion", "arithmetic")
+COMMANDS = ("experiments", "tables", "frontier", "conversion", "abilities", "arithmetic")
 
 
 def main() -> int:
