@@ -208,7 +208,7 @@ class EntropyGPT2Attention(GPT2Attention):
         key = key[..., : self.dynamic * self.head_dim]
         return tuple(x[:, 0].unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in (key, value))
 
-    def _mix_values(self, value: Tensor, first_values: _OfPass) -> Tensor:
+    def _mix_values(self, value: Tensor, first_values: OfPass) -> Tensor:
         if self.layer_idx == 0:
             first_values.values = [value]
             return value
@@ -221,7 +221,7 @@ class EntropyGPT2Attention(GPT2Attention):
         past_key_values=None,
         attention_mask: Tensor | None = None,
         output_entropies: bool = False,
-        first_values: _OfPass | None = None,
+        first_values: OfPass | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[B, T, d] -> output [B, T, d], attention weights (eager only), entropy [B, H, T] in nats if asked for.
@@ -310,7 +310,7 @@ class EntropyGPT2Block(GPT2Block):
         attention_mask: Tensor | None = None,
         encoder_hidden_states: None = None,
         encoder_attention_mask: None = None,
-        norm_penalties: _OfPass | None = None,
+        norm_penalties: OfPass | None = None,
         **kwargs,
     ) -> Tensor:
         attention_output = self.attn(
@@ -328,7 +328,7 @@ class EntropyGPT2Block(GPT2Block):
         return self.beta * hidden_states + ffn_output
 
 
-class _OfPass:
+class OfPass:
     """What blocks leave in one pass. No list: of a list among a block's arguments FSDP makes a copy."""
 
     def __init__(self):
@@ -338,7 +338,7 @@ class _OfPass:
         return torch.stack(self.values).mean() if self.values else None
 
 
-def _normed(norm: nn.Module, x: Tensor, penalties: _OfPass | None) -> Tensor:
+def _normed(norm: nn.Module, x: Tensor, penalties: OfPass | None) -> Tensor:
     if not isinstance(norm, AnnealedLayerNorm):
         return norm(x)
     x, penalty = norm(x)
@@ -399,7 +399,7 @@ class EntropyGPT2Model(GPT2Model):
     def forward(self, *args, **kwargs):
         """As GPT2Model's, with what a pass's layers hand to each other."""
         if self.config.value_residual:
-            kwargs["first_values"] = _OfPass()
+            kwargs["first_values"] = OfPass()
         return super().forward(*args, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
@@ -474,7 +474,7 @@ class EntropyGPT2LMHeadModel(GPT2LMHeadModel):
         plain = attention_mask is None and position_ids is None and past_key_values is None
         if plain and self.config._attn_implementation in ("entropy_on_request", "entropy"):
             attention_mask = no_mask(ids_or_embeds.device)
-        penalties = _OfPass()
+        penalties = OfPass()
         if self.config.annealed_layer_norm and self.training:
             kwargs["norm_penalties"] = penalties
         body = self.transformer(

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from entropy_lib.annealed_layer_norm import AnnealedRMSNorm
 from entropy_lib.entropy import pad_heads
 from entropy_lib.interface import attend, visible_keys
-from entropy_lib.modeling import EntropyCausalLMOutput, save_loader
+from entropy_lib.modeling import EntropyCausalLMOutput, OfPass, save_loader
 from entropy_lib.static_heads import StaticHeads
 
 KINDS = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma"}
@@ -88,9 +88,9 @@ class _EntropyLlamaAttention:
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
-        past_key_values=None, entropies: list[Tensor] | None = None, nothing_hidden: bool = False, **kwargs,
+        past_key_values=None, entropies: OfPass | None = None, nothing_hidden: bool = False, **kwargs,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """As the stock layer's; a list of `entropies` is given this layer's, [B, h, T] in nats.
+        """As the stock layer's; the pass's `entropies` are given this layer's, [B, h, T] in nats.
 
         `nothing_hidden` promises a mask that is plainly causal but for a sliding window.
         """
@@ -126,7 +126,7 @@ class _EntropyLlamaAttention:
                 visible = visible_keys(self, attention_mask, query, value.shape[2])
             outputs.append(self.static(value[:, self.values], query.shape[2], visible).transpose(1, 2))
         if entropies is not None:
-            entropies.append(entropy)
+            entropies.values.append(entropy)
         output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)  # [B, T, H, d_k]
         if self.order is not None:
             output = output[:, :, self.order]
@@ -161,7 +161,7 @@ class _EntropyLlama:
         use_cache: bool | None = None, logits_to_keep: int | Tensor = 0, output_entropies: bool | None = None, **kwargs,
     ) -> EntropyCausalLMOutput:  # fmt: skip
         """As the stock model's; `output_entropies=True` adds `entropies`, training of annealed norms `norm_penalty`."""
-        entropies = [] if output_entropies else None
+        entropies = OfPass()
         if output_entropies:
             kwargs["entropies"] = entropies
         # Under torch.compile transformers builds the whole mask, and static heads would gather weights by it.
@@ -176,7 +176,7 @@ class _EntropyLlama:
             penalties = [module.take_penalty() for module in self.modules() if isinstance(module, AnnealedRMSNorm)]
         return EntropyCausalLMOutput(
             **output,
-            entropies=tuple(entropies) if output_entropies else None,
+            entropies=tuple(entropies.values) if output_entropies else None,
             norm_penalty=torch.stack(penalties).mean() if penalties else None,
         )
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from running import private_environment, started_processes  # noqa: F401
 from test_families import CONFIGS, GATED, tiny
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AutoModelForCausalLM, MistralConfig
 
 from entropy_lib import modeling_llama, record_entropy
@@ -156,6 +157,10 @@ def test_entropies_are_those_of_the_softmax_heads(kind):
             model(BLOCKS)
     assert [entropy.shape[1] for entropy in found] == converted.config.entropy_heads() == [2, 1]
     torch.testing.assert_close(found[0], recorder.entropies[0][:, [0, 2]], rtol=1e-5, atol=1e-5)
+    for block in converted.transformer.h if kind == "gpt2" else converted.model.layers:  # as FSDP copies arguments
+        block.register_forward_pre_hook(lambda _, args, kwargs: tree_map(lambda x: x, (args, kwargs)), with_kwargs=True)
+    with torch.no_grad():
+        torch.testing.assert_close(converted(BLOCKS, output_entropies=True).entropies, found)
     thresholds = converted.entropy_thresholds()
     assert thresholds.shape == (2, 2)
     assert thresholds.isnan().sum() == 1
