@@ -59,8 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", default="gpt2", help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="instead of the budget's")
     parser.add_argument("--table", action="store_true", help="print what is on record, train nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="default: data/abilities, build/abilities for a rehearsal")
     options = parser.parse_args(arguments)
+    rehearsal = options.size != parser.get_default("size") or options.steps
+    options.output = options.output or (Path("build/abilities") if rehearsal else RESULTS)
     if options.table:
         results = [json.loads(path.read_text()) for path in sorted(options.output.glob("*.json"))]
         print(table(results).to_string(float_format="{:.3g}".format, na_rep="–"))
@@ -76,9 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"{path.stem}: on record")
                 continue
             if data is None:
-                questions = {
-                    name: gold_answers(name) for name in BENCHMARKS
-                }  # before the hours, if there is no network
+                # without a network this fails, so before the hours of training
+                questions = {name: gold_answers(name) for name in BENCHMARKS}
                 data = load_corpus(options.corpus, recipe.context_length)
             record = train_variant(model, data, recipe, size=options.size, seed=seed)
             result = {"model": model, "corpus": options.corpus, "tokens": options.tokens, "seed": seed, "bits": {}}

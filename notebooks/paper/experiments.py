@@ -81,10 +81,14 @@ def _ablation() -> dict[str, dict]:
     return settings
 
 
+def _rates(*rates: float) -> dict[str, dict]:
+    return {f"{rate}": {"learning_rate": rate} for rate in rates}
+
+
 _FROM_ONE = {"data_seed": 0, "warmup_from_zero": False}
 _SCALED = {"scaled_residual_init": True}
 _MUON = {"optimizer": "muon"}
-_LOWER_RATES = {f"{rate}": {"learning_rate": rate} for rate in (6e-4, 3e-4)}
+_LOWER_RATES = _rates(6e-4, 3e-4)
 _BASELINE = _runs("table3", ["SM+LN+G"], FULL, seeds=(0, 1, 2))
 _GOALS = ("SM(2)+LN(a)+R+V", "SM(3)+LN(a)+R+V", "SM(1)+LN(a)+R+V", "R2(0,0,1)+LN(a)+R(2d)+V")
 _T256 = {"context_length": 256, "sequences_per_step": 256, "micro_batch": 256}
@@ -279,9 +283,9 @@ EXPERIMENTS: dict[str, Experiment] = {
             "rates for the billion, searched for at 24 layers of d = 1,024, 10M tokens",
             (
                 *_sweep("learning_rates_350M", [EREG, "SM+ScFuFFN"], SHORT | _350M | _SCALED,
-                        {f"{rate}": {"learning_rate": rate} for rate in (6e-4, 3e-4, 1.5e-4)}, size="350M"),
+                        _rates(6e-4, 3e-4, 1.5e-4), size="350M"),
                 *_sweep("learning_rates_350M", ["SM(3)+LN(a)+R+V"], SHORT | _350M,
-                        {f"{rate}": {"learning_rate": rate} for rate in (1e-3, 6e-4, 3e-4)}, size="350M"),
+                        _rates(1e-3, 6e-4, 3e-4), size="350M"),
             ),
         ),
         ("warmup_33M", "are the runs of 33M tokens at their best? 50 steps of warm-up against 150", _33M),

@@ -34,6 +34,13 @@ def test_a_rehearsal_is_on_record_and_in_the_table(tmp_path, capsys):
     assert "HumanEval" in told
 
 
+def test_a_rehearsal_is_none_of_the_results(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(abilities, "RESULTS", tmp_path / "results")
+    assert abilities.main(["--only", "SM+ScFuFFN", "--size", "tiny", "--steps", "2", "--corpus", "sample"]) == 0
+    assert [path.parent for path in tmp_path.rglob("*.json")] == [tmp_path / "build" / "abilities"]
+
+
 def test_a_run_that_collapsed_is_in_the_table_too():
     summary = {"eval_perplexity": None, "recall": None, "associative_recall": None, "patterns": None}
     result = {"model": "SM", "corpus": "sample", "tokens": "200M", "seed": 0, "bits": {}, "summary": summary}
